@@ -1,0 +1,1 @@
+//! Processes on the submit node as a batch system.
