@@ -85,7 +85,7 @@ impl JobResult {
             let Some((key, value)) = line.split_once('=') else { continue };
             match key {
                 "exit_code" => {
-                    exit_code = value.parse::<i32>().ok().filter(|c| (0..=255).contains(c))
+                    exit_code = value.parse::<i32>().ok().filter(|c| (0..=255).contains(c));
                 }
                 "step" => {
                     step = [Step::Script, Step::ScriptTimedOut, Step::AfterScript, Step::Setup]
