@@ -80,6 +80,11 @@ pub enum Cause {
         /// Whether it ever started.
         started: bool,
     },
+    /// The batch system ended it when the time limit was over that we gave it from GitLab's timeout.
+    TimeLimit {
+        /// How long GitLab gave it, seconds.
+        timeout_secs: u64,
+    },
     /// Too little time was left to start it.
     NoTimeLeft {
         /// What was left, seconds.
@@ -145,7 +150,7 @@ impl Verdict {
         use FailureReason as R;
         if let Some(by) = asked {
             let ended_by_us = match cause {
-                Cause::CancelledEarly => true,
+                Cause::CancelledEarly | Cause::TimeLimit { .. } => true,
                 Cause::Ended(outcome) => match outcome {
                     Outcome::Cancelled { .. }
                     | Outcome::TimedOut
@@ -195,6 +200,14 @@ impl Verdict {
                          batch queue"
                     )
                 },
+            ),
+            Cause::TimeLimit { timeout_secs } => Self::failed(
+                R::JobExecutionTimeout,
+                None,
+                format!(
+                    "the batch system's time limit, which follows from the job's timeout of \
+                     {timeout_secs} seconds, ended the job"
+                ),
             ),
             Cause::NoTimeLeft { left_secs } => Self::failed(
                 R::JobExecutionTimeout,
@@ -349,6 +362,7 @@ mod tests {
                 Some("job_execution_timeout"),
                 None,
             ),
+            (Cause::TimeLimit { timeout_secs: 1 }, Some("job_execution_timeout"), None),
             (Cause::NoTimeLeft { left_secs: 1 }, Some("job_execution_timeout"), None),
             (Cause::Lost { last_seen: "x".into() }, Some("runner_system_failure"), None),
             (Cause::Gone, Some("runner_system_failure"), None),

@@ -48,7 +48,7 @@ impl<'de> Deserialize<'de> for Secret {
 }
 
 /// A job as `jobs/request` hands it out (protocol: the 201's body).
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct JobPayload {
     /// GitLab's number for the job.
@@ -351,6 +351,29 @@ pub struct ServerFeatures {
     pub token_mask_prefixes: Vec<String>,
 }
 
+impl fmt::Debug for JobPayload {
+    /// Names the job only: scripts, inputs and secrets have no place in a log.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("JobPayload")
+            .field("id", &self.id)
+            .field("job_info", &self.job_info)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What the calls about runners answer.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct RunnerAnswer {
+    /// GitLab's number for the runner.
+    pub id: Option<i64>,
+    /// Its authentication token.
+    #[serde(deserialize_with = "nullable")]
+    pub token: Secret,
+    /// When that expires.
+    pub token_expires_at: Option<String>,
+}
+
 impl JobPayload {
     /// The timeout in seconds that counts from receipt: GitLab's, or 7200 when it named none
     /// (gitlab-runner, `common/build.go`).
@@ -382,10 +405,12 @@ mod tests {
     fn debug_shows_no_secret() {
         let payload: JobPayload = serde_json::from_str(
             r#"{"token":"glcbt-1","git_info":{"repo_url":"https://u:glcbt-1@h/p.git"},
-                "variables":[{"key":"A","value":"hunter2"}]}"#,
+                "variables":[{"key":"A","value":"hunter2"}],"steps":[{"script":["my-script"]}]}"#,
         )
         .unwrap();
-        let text = format!("{payload:?}");
-        assert!(!text.contains("glcbt-1") && !text.contains("hunter2"), "{text}");
+        let text = format!("{payload:?} {:?} {:?}", payload.git_info, payload.variables);
+        for secret in ["glcbt-1", "hunter2", "my-script"] {
+            assert!(!text.contains(secret), "{text}");
+        }
     }
 }
