@@ -1,6 +1,8 @@
 //! bridge: a GitLab runner for batch systems.
 
+pub mod cli;
 pub mod coordinator;
 pub mod domain;
 pub mod gitlab;
+pub mod pipeline;
 pub mod trace;
