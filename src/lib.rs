@@ -4,5 +4,6 @@ pub mod cli;
 pub mod coordinator;
 pub mod domain;
 pub mod gitlab;
+pub mod job;
 pub mod pipeline;
 pub mod trace;

@@ -1,0 +1,405 @@
+//! The only place that opens files or starts processes in a workspace.
+//!
+//! Today the hands are the service account's. Directories are made with mode 0700, files with 0600, and
+//! a process gets an environment built up from nothing, closed standard input, a process group of its
+//! own that does not outlive it, and a bound on what it may say.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use rustix::process::{Pid, Signal};
+use tokio::io::AsyncReadExt as _;
+use tokio::net::unix::pipe;
+
+use super::sources::{Output, Tone};
+use crate::gitlab::wire::Secret;
+
+/// The most one process may put into a trace. Git says little; a megabyte is a runaway.
+const LOUDEST: usize = 1024 * 1024;
+
+/// How long the rest of a process's output is waited for once the process has ended: its group was
+/// killed by then, so only a process that left the group can keep the pipe open.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// What of the daemon's own environment a process on the submit node sees: where programs are, and how
+/// the site reaches the network.
+const INHERITED: [&str; 14] = [
+    "PATH",
+    "TMPDIR",
+    "LANG",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "all_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "ALL_PROXY",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "GIT_SSL_CAINFO",
+];
+
+/// Why the hands could not do something.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action} {subject}: {source}")]
+pub(super) struct HandsError {
+    action: &'static str,
+    subject: String,
+    source: io::Error,
+}
+
+impl HandsError {
+    /// Says whether something was not there.
+    pub(super) fn is_missing(&self) -> bool {
+        self.source.kind() == io::ErrorKind::NotFound
+    }
+
+    fn at(action: &'static str, path: &Utf8Path) -> impl FnOnce(io::Error) -> Self {
+        let subject = path.to_string();
+        move |source| Self { action, subject, source }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    action: &'static str,
+    path: &Utf8Path,
+    work: impl FnOnce(&Utf8Path) -> io::Result<T> + Send + 'static,
+) -> Result<T, HandsError> {
+    let owned = path.to_owned();
+    match tokio::task::spawn_blocking(move || work(&owned)).await {
+        Ok(result) => result.map_err(HandsError::at(action, path)),
+        Err(panicked) => Err(HandsError::at(action, path)(io::Error::other(panicked))),
+    }
+}
+
+/// Makes a directory and its parents; one that exists stays as it is.
+pub(super) async fn make_dir(path: &Utf8Path) -> Result<(), HandsError> {
+    blocking("make the directory", path, |path| {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+    })
+    .await
+}
+
+/// Removes whatever has this name, with everything in it; a link is removed, not followed.
+pub(super) async fn remove(path: &Utf8Path) -> Result<(), HandsError> {
+    blocking("remove", path, |path| match remove_now(path) {
+        // Build tools like to leave directories that nobody may write to.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            unlock(path)?;
+            remove_now(path)
+        }
+        other => other,
+    })
+    .await
+}
+
+fn remove_now(path: &Utf8Path) -> io::Result<()> {
+    let result = match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Makes every directory of a tree writable for its owner.
+fn unlock(root: &Utf8Path) -> io::Result<()> {
+    let mut todo = vec![root.to_path_buf().into_std_path_buf()];
+    while let Some(dir) = todo.pop() {
+        let mode = fs::symlink_metadata(&dir)?.permissions().mode();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(mode | 0o700))?;
+        for entry in fs::read_dir(&dir)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                todo.push(entry.path());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes a new file that only its owner may read; whatever had the name is removed first.
+pub(super) async fn write_private(path: &Utf8Path, content: Secret) -> Result<(), HandsError> {
+    blocking("write", path, move |path| {
+        remove_now(path)?;
+        let mut file =
+            fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        file.write_all(content.expose().as_bytes())
+    })
+    .await
+}
+
+/// Says whether this is a directory, and no link to one.
+pub(super) async fn is_dir(path: &Utf8Path) -> Result<bool, HandsError> {
+    blocking("look at", path, |path| existing(path, fs::Metadata::is_dir)).await
+}
+
+/// Says whether this is a regular file, and no link to one.
+pub(super) async fn is_file(path: &Utf8Path) -> Result<bool, HandsError> {
+    blocking("look at", path, |path| existing(path, fs::Metadata::is_file)).await
+}
+
+fn existing(path: &Utf8Path, is: impl FnOnce(&fs::Metadata) -> bool) -> io::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(meta) => Ok(is(&meta)),
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes the files below a directory whose names end so.
+pub(super) async fn remove_below(dir: &Utf8Path, suffix: &'static str) -> Result<(), HandsError> {
+    blocking("clean up", dir, move |dir| {
+        let mut todo = vec![dir.to_path_buf().into_std_path_buf()];
+        while let Some(dir) = todo.pop() {
+            let entries = match fs::read_dir(&dir) {
+                Ok(entries) => entries,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            for entry in entries {
+                let entry = entry?;
+                if entry.file_type()?.is_dir() {
+                    todo.push(entry.path());
+                } else if entry.file_name().as_encoded_bytes().ends_with(suffix.as_bytes()) {
+                    fs::remove_file(entry.path())?;
+                }
+            }
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// One process on the submit node.
+#[derive(Debug)]
+pub(super) struct Call {
+    pub(super) program: &'static str,
+    pub(super) args: Vec<String>,
+    /// In addition to what is inherited; later ones win.
+    pub(super) env: Vec<(String, Secret)>,
+    pub(super) dir: Utf8PathBuf,
+    /// A file to read from.
+    pub(super) input: Option<Utf8PathBuf>,
+}
+
+/// Runs a process to its end and gives its exit code; a signal counts as 128 and its number.
+///
+/// Dropping the future kills the process and its group.
+pub(super) async fn run(call: Call, out: &mut (dyn Output + Send)) -> Result<i32, HandsError> {
+    let program = call.program;
+    let failed = |source| HandsError { action: "run", subject: program.to_owned(), source };
+    let input = match &call.input {
+        Some(path) => Stdio::from(fs::File::open(path).map_err(HandsError::at("open", path))?),
+        None => Stdio::null(),
+    };
+    // One pipe for both outputs keeps their order.
+    let (reader, writer) = io::pipe().map_err(failed)?;
+    let mut command = tokio::process::Command::new(program);
+    command
+        .args(&call.args)
+        .env_clear()
+        .envs(INHERITED.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
+        .envs(call.env.iter().map(|(name, value)| (name, value.expose())))
+        .current_dir(&call.dir)
+        .stdin(input)
+        .stdout(writer.try_clone().map_err(failed)?)
+        .stderr(writer)
+        .process_group(0)
+        .kill_on_drop(true);
+    let mut child = command.spawn().map_err(failed)?;
+    let group = Group::of(&child);
+    // Our ends of the pipe go with the command; else its end would never be seen.
+    drop(command);
+    let mut said = Said { reader: receiver(reader).map_err(failed)?, left: LOUDEST };
+    let status = loop {
+        // Both are cancel-safe: a read that lost took no bytes, a wait can be repeated.
+        tokio::select! {
+            biased;
+            more = said.pass_on(out) => {
+                if !more.map_err(failed)? {
+                    break child.wait().await.map_err(failed)?;
+                }
+            }
+            status = child.wait() => break status.map_err(failed)?,
+        }
+    };
+    drop(group);
+    let rest = async {
+        while said.pass_on(out).await? {}
+        Ok(())
+    };
+    // Somebody who left the group may still hold the pipe; the process has ended all the same.
+    if let Ok(result) = tokio::time::timeout(LAST_WORDS, rest).await {
+        result.map_err(failed)?;
+    }
+    Ok(exit_code(status))
+}
+
+fn receiver(reader: io::PipeReader) -> io::Result<pipe::Receiver> {
+    pipe::Receiver::from_owned_fd(OwnedFd::from(reader))
+}
+
+fn exit_code(status: ExitStatus) -> i32 {
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+}
+
+/// What a process says, up to a bound.
+struct Said {
+    reader: pipe::Receiver,
+    left: usize,
+}
+
+impl Said {
+    /// Passes on what there is; says whether more can come.
+    async fn pass_on(&mut self, out: &mut (dyn Output + Send)) -> io::Result<bool> {
+        let mut buffer = [0_u8; 8192];
+        let len = self.reader.read(&mut buffer).await?;
+        let bytes = buffer.get(..len.min(self.left)).unwrap_or_default();
+        if !bytes.is_empty() {
+            out.bytes(bytes);
+            self.left -= bytes.len();
+            if self.left == 0 {
+                out.remark(Tone::Warning, "too much output; the rest is left out");
+            }
+        }
+        Ok(len > 0)
+    }
+}
+
+/// A process group that is killed when this goes away.
+struct Group(Option<Pid>);
+
+impl Group {
+    fn of(child: &tokio::process::Child) -> Self {
+        Self(child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(pid) = self.0 {
+            // No such group: all have ended, which is what was wanted.
+            if let Err(error) = rustix::process::kill_process_group(pid, Signal::KILL)
+                && error != rustix::io::Errno::SRCH
+            {
+                tracing::warn!(%error, "process group not killed");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sources::tests::Said as Trace;
+    use super::*;
+
+    fn sh(text: &str, dir: &Utf8Path) -> Call {
+        Call {
+            program: "/bin/sh",
+            args: vec!["-c".into(), text.into()],
+            env: vec![("SECRET".into(), Secret::new("s"))],
+            dir: dir.to_owned(),
+            input: None,
+        }
+    }
+
+    fn dir() -> (tempfile::TempDir, Utf8PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = Utf8PathBuf::from_path_buf(dir.path().to_owned()).unwrap();
+        (dir, path)
+    }
+
+    #[tokio::test]
+    async fn a_process_is_heard_in_order_and_sees_only_what_it_was_given() {
+        let (_dir, path) = dir();
+        let mut out = Trace::default();
+        let text = "echo 1; echo 2 >&2; echo 3; echo $SECRET ${HOME-none} ${CARGO_MANIFEST_DIR-none}; \
+                    cat; exit 3";
+        assert_eq!(run(sh(text, &path), &mut out).await.unwrap(), 3);
+        assert_eq!(out.text(), "1\n2\n3\ns none none\n");
+        assert_eq!(run(sh("kill -9 $$", &path), &mut out).await.unwrap(), 137);
+        let mut missing = sh("", &path);
+        missing.program = "/nonexistent/program";
+        let error = run(missing, &mut out).await.unwrap_err().to_string();
+        assert!(error.contains("/nonexistent/program"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn output_is_bounded() {
+        let (_dir, path) = dir();
+        let mut out = Trace::default();
+        let code = run(sh("head -c 3000000 /dev/zero; exit 1", &path), &mut out).await.unwrap();
+        assert_eq!(code, 1);
+        assert_eq!(out.bytes.len(), LOUDEST);
+        assert_eq!(out.remarks.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_dropped_call_leaves_no_process() {
+        let (_dir, path) = dir();
+        let mut out = Trace::default();
+        let text = "sleep 300 & echo $! >pids; echo $$ >>pids; echo up; wait";
+        let call = run(sh(text, &path), &mut out);
+        let up = async {
+            while fs::read_to_string(path.join("pids")).unwrap_or_default().lines().count() < 2 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            _ = call => panic!("ended by itself"),
+            () = up => {}
+        }
+        for pid in fs::read_to_string(path.join("pids")).unwrap().lines() {
+            let stat = format!("/proc/{pid}/stat");
+            let gone = async {
+                // A zombie waits for its parent, which may be anybody by now.
+                while fs::read_to_string(&stat).is_ok_and(|text| !text.contains(") Z ")) {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(20), gone).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn modes_are_private_and_links_are_not_followed() {
+        let (_dir, path) = dir();
+        let sub = path.join("a/b");
+        make_dir(&sub).await.unwrap();
+        assert_eq!(fs::metadata(&sub).unwrap().permissions().mode() & 0o777, 0o700);
+
+        let victim = path.join("victim");
+        fs::write(&victim, "untouched").unwrap();
+        let file = sub.join("KEY");
+        std::os::unix::fs::symlink(&victim, &file).unwrap();
+        write_private(&file, Secret::new("a\0b")).await.unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"a\0b");
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::read(&victim).unwrap(), b"untouched");
+
+        let link = path.join("link");
+        std::os::unix::fs::symlink(&sub, &link).unwrap();
+        remove(&link).await.unwrap();
+        assert!(sub.exists() && !link.exists());
+        remove(&link).await.unwrap();
+
+        fs::set_permissions(&sub, fs::Permissions::from_mode(0o500)).unwrap();
+        remove(&path.join("a")).await.unwrap();
+        assert!(!sub.exists());
+    }
+}
