@@ -6,4 +6,5 @@ pub mod domain;
 pub mod gitlab;
 pub mod job;
 pub mod pipeline;
+pub mod store;
 pub mod trace;
