@@ -8,6 +8,7 @@ pub mod gitlab;
 pub mod http;
 pub mod job;
 pub mod pipeline;
+pub mod reconcile;
 pub mod registry;
 pub mod store;
 pub mod telemetry;

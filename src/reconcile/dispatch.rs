@@ -1,0 +1,537 @@
+//! `received` → `submitting` → `submitted`: making a job ready and handing it over, once.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bridge_backend::{ErrorKind, ExternalId, JobSpec, Lookup};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+
+use crate::domain::job::Event;
+use crate::domain::policy;
+use crate::domain::verdict::Cause;
+use crate::job::{Output, Plan, StageError, Tone};
+use crate::reconcile::desk::{Desk, Prepared};
+use crate::reconcile::report::Heard;
+use crate::reconcile::{Flow, News, Step, StepError};
+use crate::store::CancelBy;
+use crate::telemetry::Chain;
+use crate::trace::{Flush, Section, Style};
+
+/// How long a stage's output is held back, so that a stage which a crash interrupts early leaves no
+/// half of itself in the trace.
+const HOLD_OUTPUT: Duration = Duration::from_secs(3);
+
+/// What a stage on the submit node says, until it is written into the trace.
+#[derive(Clone, Debug, Default)]
+struct Sink(Arc<Mutex<Vec<Said>>>);
+
+#[derive(Debug)]
+enum Said {
+    Bytes(Vec<u8>),
+    Line(Style, String),
+}
+
+impl Output for Sink {
+    fn bytes(&mut self, bytes: &[u8]) {
+        let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Said::Bytes(last)) = said.last_mut() {
+            last.extend_from_slice(bytes);
+        } else {
+            said.push(Said::Bytes(bytes.to_vec()));
+        }
+    }
+
+    fn remark(&mut self, tone: Tone, text: &str) {
+        let style = match tone {
+            Tone::Notice => Style::Info,
+            Tone::Warning => Style::Warning,
+        };
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Said::Line(style, text.to_owned()));
+    }
+}
+
+impl Sink {
+    /// Moves what was said into the trace; an unfinished line waits unless this is the end.
+    fn pour(&self, desk: &mut Desk, now: jiff::Timestamp, rest: &mut Vec<u8>, end: bool) {
+        let said = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        for piece in said {
+            match piece {
+                Said::Bytes(bytes) => {
+                    rest.extend_from_slice(&bytes);
+                    let used = desk.composer.stage_output(now, rest, Flush::Lines, &mut desk.out);
+                    rest.drain(..used.min(rest.len()));
+                }
+                Said::Line(style, text) => {
+                    let used = desk.composer.stage_output(now, rest, Flush::End, &mut desk.out);
+                    rest.drain(..used.min(rest.len()));
+                    desk.composer.remark(now, style, &text, &mut desk.out);
+                }
+            }
+        }
+        if end && !rest.is_empty() {
+            desk.composer.stage_output(now, rest, Flush::End, &mut desk.out);
+            rest.clear();
+        }
+    }
+}
+
+/// Why a job is not handed over.
+enum Stopped {
+    /// Its verdict is known.
+    Concluded(Cause),
+    /// GitLab no longer wants it.
+    Disowned,
+    /// The daemon is about to stop; the next one makes it ready again.
+    Shutdown,
+}
+
+impl Step<'_> {
+    /// Makes a received job ready and hands it over.
+    pub(in crate::reconcile) async fn received(
+        &mut self,
+        permit: &mut Option<SemaphorePermit<'_>>,
+    ) -> Result<Flow, StepError> {
+        let prepared = match self.prepared().await {
+            Ok(prepared) => prepared,
+            Err(StepError::Payload(error)) => {
+                // Nobody can run what nobody can read, and it will not read better tomorrow.
+                let detail = format!("the job cannot be read: {error}");
+                return self.conclude(Cause::Unrunnable { detail }).await;
+            }
+            Err(error) => return Err(error),
+        };
+        // Noted before anything is written there: its secrets are to be found again.
+        self.job.workspace = prepared.plan.as_ref().ok().map(|plan| plan.project_dir.clone());
+        if self.silence() >= policy::touch_interval(self.r.desktop().owed) {
+            // The second act after the 201. Whatever goes wrong with it, the job goes on.
+            match self.touch(&prepared).await {
+                // Noted with the next write; should we die before that, it is said once more.
+                Ok(Heard::Fine) => {}
+                Ok(Heard::Disowned(status)) => return self.disown(&status).await,
+                Err(error) => tracing::warn!(
+                    job = %self.job.id, error = %Chain(&error),
+                    "GitLab did not hear that the job was taken"
+                ),
+            }
+        }
+        self.r.store.save(&self.job).await?;
+        if self.job.cancel_requested_at.is_some() {
+            return self.conclude(Cause::CancelledEarly).await;
+        }
+        let plan = match &prepared.plan {
+            Ok(plan) => plan,
+            Err(unrunnable) => {
+                let detail = unrunnable.to_string();
+                return self.conclude(Cause::Unrunnable { detail }).await;
+            }
+        };
+        if let Err(left_secs) = self.wall_time(plan) {
+            return self.conclude(Cause::NoTimeLeft { left_secs }).await;
+        }
+        // A slow clone must not keep the other jobs' news waiting.
+        *permit = None;
+        let _worker = match self.wait_for_worker(&prepared).await? {
+            Ok(worker) => worker,
+            Err(stopped) => return self.stopped(stopped).await,
+        };
+        let mut desk = self.open_desk(&prepared)?;
+        if self.job.trace_len == 0 {
+            self.write_head(&mut desk, plan);
+        } else {
+            self.close_sections(&mut desk)?;
+            let now = self.line_time();
+            let text = "The runner was restarted while it made the job ready; it does so again.";
+            desk.composer.remark(now, Style::Info, text, &mut desk.out);
+        }
+        let (desk, ready) = self.get_sources(&prepared, plan, desk).await?;
+        if let Err(stopped) = ready {
+            self.keep(desk).await?;
+            return self.stopped(stopped).await;
+        }
+        let spec = match self.wall_time(plan) {
+            Ok(wall_time) => plan.spec(wall_time),
+            Err(left_secs) => {
+                self.keep(desk).await?;
+                return self.conclude(Cause::NoTimeLeft { left_secs }).await;
+            }
+        };
+        let now = self.now();
+        self.keep(desk).await?;
+        self.job.submit_token = Some(self.job.id.submit_token());
+        self.job.attempted_at = Some(now);
+        self.job.failures = 0;
+        self.job.waits_for = None;
+        // Should we die now, the next sweep looks for it at once.
+        self.job.due_at = now;
+        self.r.crash_point("B");
+        self.r.store.transition(&mut self.job, Event::Attempted, now, None).await?;
+        self.r.crash_point("C");
+        self.submit(&spec, &prepared).await
+    }
+
+    fn wall_time(&self, plan: &Plan) -> Result<Option<Duration>, u64> {
+        policy::wall_time(
+            self.now(),
+            self.job.deadline_at,
+            plan.timeout,
+            self.runner.deadline_reserve,
+            self.runner.minimum_run_time,
+        )
+        .map(Some)
+    }
+
+    async fn stopped(&mut self, stopped: Stopped) -> Result<Flow, StepError> {
+        match stopped {
+            Stopped::Concluded(cause) => self.conclude(cause).await,
+            Stopped::Disowned => self.disown("canceled").await,
+            Stopped::Shutdown => Ok(Flow::Rest),
+        }
+    }
+
+    /// Waits for a worker that makes jobs ready, with GitLab kept informed meanwhile.
+    async fn wait_for_worker(
+        &mut self,
+        prepared: &Prepared,
+    ) -> Result<Result<OwnedSemaphorePermit, Stopped>, StepError> {
+        let workers = Arc::clone(&self.r.preparing);
+        self.wait_in_line(workers, prepared).await
+    }
+
+    /// Waits for a permit, with GitLab kept informed meanwhile.
+    async fn wait_in_line(
+        &mut self,
+        line: Arc<Semaphore>,
+        prepared: &Prepared,
+    ) -> Result<Result<OwnedSemaphorePermit, Stopped>, StepError> {
+        // One future for the whole wait: who asks anew goes to the end of the line.
+        let mut turn = std::pin::pin!(line.acquire_owned());
+        loop {
+            let wait = policy::touch_interval(self.r.desktop().owed);
+            // `turn` is polled again where it stopped; the others hold nothing.
+            tokio::select! {
+                turn = &mut turn => {
+                    return Ok(turn.map_err(|_closed| Stopped::Shutdown));
+                }
+                () = self.r.shutdown.cancelled() => return Ok(Err(Stopped::Shutdown)),
+                () = tokio::time::sleep(wait) => {}
+            }
+            if let Some(stopped) = self.still_wanted(prepared).await? {
+                return Ok(Err(stopped));
+            }
+        }
+    }
+
+    /// Tells how long GitLab has not heard of the job.
+    fn silence(&self) -> Duration {
+        let confirmed = self.job.ci_confirmed_at;
+        confirmed.map_or(Duration::MAX, |at| policy::since(self.now(), at))
+    }
+
+    /// Touches GitLab if it is time, and looks for a reason not to go on.
+    async fn still_wanted(&mut self, prepared: &Prepared) -> Result<Option<Stopped>, StepError> {
+        if let Some(row) = self.r.store.job(self.job.id).await?
+            && row.cancel_requested_at.is_some()
+        {
+            self.job.cancel_requested_at = row.cancel_requested_at;
+            self.job.cancel_requested_by = row.cancel_requested_by;
+        }
+        if self.silence() >= policy::touch_interval(self.r.desktop().owed) {
+            match self.touch(prepared).await {
+                Ok(Heard::Fine) => self.r.store.save(&self.job).await?,
+                Ok(Heard::Disowned(_status)) => return Ok(Some(Stopped::Disowned)),
+                Err(error) => tracing::warn!(
+                    job = %self.job.id, error = %Chain(&error),
+                    "GitLab could not be told of the job"
+                ),
+            }
+        }
+        if self.job.cancel_requested_at.is_some() {
+            return Ok(Some(Stopped::Concluded(Cause::CancelledEarly)));
+        }
+        if self.now() >= self.job.deadline_at {
+            let timeout_secs = prepared.payload.timeout_secs();
+            return Ok(Some(Stopped::Concluded(Cause::Deadline { timeout_secs, started: false })));
+        }
+        Ok(None)
+    }
+
+    fn write_head(&self, desk: &mut Desk, plan: &Plan) {
+        let now = self.line_time();
+        let context = &self.runner.context;
+        let head = format!(
+            "Running with bridge {}\n  on {} {}, system ID: {}",
+            context.version, context.name, context.short_token, context.system_id
+        );
+        desk.composer.remark(now, Style::Info, &head, &mut desk.out);
+        desk.composer.section_start(
+            now,
+            Section::new("prepare_script"),
+            "Preparing environment",
+            &mut desk.out,
+        );
+        let host = &self.runner.hostname;
+        let text = format!("Preparing on {host} for the backend {}...", self.job.backend);
+        desk.composer.remark(now, Style::Plain, &text, &mut desk.out);
+        for warning in &plan.warnings {
+            desk.composer.remark(now, Style::Warning, warning, &mut desk.out);
+        }
+        desk.composer.section_end(now, "prepare_script", &mut desk.out);
+    }
+
+    /// Runs get_sources with its output carried into the trace and GitLab kept informed.
+    async fn get_sources(
+        &mut self,
+        prepared: &Arc<Prepared>,
+        plan: &Plan,
+        mut desk: Desk,
+    ) -> Result<(Desk, Result<(), Stopped>), StepError> {
+        let now = self.line_time();
+        desk.composer.section_start(
+            now,
+            Section::new("get_sources"),
+            "Getting source from Git repository",
+            &mut desk.out,
+        );
+        let sink = Sink::default();
+        let mut rest = Vec::new();
+        let mut out = sink.clone();
+        let mut work = Box::pin(async move { plan.get_sources(&mut out).await });
+        let done = loop {
+            // `work` is polled again where it stopped; the sleep and the shutdown hold nothing.
+            tokio::select! {
+                done = &mut work => break Ok(done),
+                () = self.r.shutdown.cancelled() => break Err(Stopped::Shutdown),
+                () = tokio::time::sleep(HOLD_OUTPUT) => {}
+            }
+            // From here on the stage is worth watching live; if we die it is begun again, and says so.
+            sink.pour(&mut desk, self.line_time(), &mut rest, false);
+            desk = self.keep(desk).await?;
+            self.r.store.save(&self.job).await?;
+            let long = self.silence() >= policy::touch_interval(self.r.desktop().owed);
+            let confirmed = self.job.ci_confirmed_at;
+            if long || policy::may_send(self.now(), confirmed, self.update_interval()) {
+                match self.send_trace(prepared, &desk).await {
+                    Ok(Heard::Fine) => {}
+                    Ok(Heard::Disowned(_status)) => break Err(Stopped::Disowned),
+                    Err(error) => tracing::warn!(
+                        job = %self.job.id, error = %Chain(&error), "the trace waits"
+                    ),
+                }
+                if desk.spool.len() != self.job.trace_len {
+                    // GitLab had more than we do.
+                    desk.spool = self.open_desk(prepared)?.spool;
+                }
+            }
+            let asked = self.job.cancel_requested_at.is_some();
+            if (long || asked)
+                && let Some(stopped) = self.still_wanted(prepared).await?
+            {
+                break Err(stopped);
+            }
+        };
+        drop(work);
+        sink.pour(&mut desk, self.line_time(), &mut rest, true);
+        let ready = match done {
+            Err(stopped) => Err(stopped),
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(Stopped::Concluded(match error {
+                StageError::Failed { stage, exit_code } => {
+                    Cause::StageFailed { stage: stage.into(), exit_code }
+                }
+                StageError::TimedOut { stage } => Cause::StageTimedOut { stage: stage.into() },
+                StageError::Broken { stage, detail } => {
+                    Cause::StageBroken { stage: stage.into(), detail }
+                }
+                StageError::Misconfigured { detail } => Cause::Unrunnable { detail },
+            })),
+        };
+        if !matches!(ready, Err(Stopped::Shutdown)) {
+            desk.composer.section_end(self.line_time(), "get_sources", &mut desk.out);
+        }
+        Ok((desk, ready))
+    }
+
+    /// Calls the backend's `submit`; what follows depends on what its answer means.
+    async fn submit(&mut self, spec: &JobSpec, prepared: &Prepared) -> Result<Flow, StepError> {
+        let Some(token) = self.job.submit_token.clone() else { return Ok(Flow::Again) };
+        let backend = Arc::clone(&self.backend);
+        let lane = self.r.lane(&self.job.backend, backend.capabilities().max_concurrency.get());
+        let answer = {
+            let _turn = match self.wait_in_line(lane, prepared).await? {
+                Ok(turn) => turn,
+                // The next process cannot know that it was not called, and looks for it.
+                Err(Stopped::Shutdown) => return Ok(Flow::Rest),
+                Err(stopped) => {
+                    self.job.attempted_at = None;
+                    return self.stopped(stopped).await;
+                }
+            };
+            self.call("submit", backend.submit(&token, spec)).await
+        };
+        self.r.crash_point("D");
+        let error = match answer {
+            Ok(id) => return self.accepted(id).await,
+            Err(error) => error,
+        };
+        let now = self.now();
+        let why = Chain(&error).to_string();
+        tracing::warn!(job = %self.job.id, error = %why, "a submission failed");
+        let wait = match error.kind() {
+            ErrorKind::Rejected(fault) => {
+                if fault == bridge_backend::Fault::Site {
+                    tracing::error!(
+                        job = %self.job.id, backend = %self.job.backend, error = %why,
+                        "the backend refuses jobs; its operator must act"
+                    );
+                }
+                self.job.attempted_at = None;
+                return self.conclude(Cause::Rejected { fault, detail: why }).await;
+            }
+            ErrorKind::Transient => {
+                // Nothing changed over there: there is no attempt whose fate is unknown.
+                self.job.attempted_at = None;
+                error.retry_after()
+            }
+            ErrorKind::Ambiguous | ErrorKind::Lost => match backend.capabilities().lookup {
+                Lookup::Never => {
+                    return self.conclude(Cause::Ambiguous { token: token.to_string() }).await;
+                }
+                Lookup::ByToken { .. } | Lookup::Resubmit => {
+                    // It may have taken effect as late as now.
+                    self.job.attempted_at = Some(now);
+                    None
+                }
+            },
+        };
+        self.job.failures = self.job.failures.saturating_add(1);
+        self.job.waits_for = Some(why.clone());
+        // Longer than five minutes would silence the job for longer than GitLab bears.
+        let wait = wait.map(|wait| wait.min(Duration::from_secs(300)));
+        self.job.due_at =
+            policy::after(now, wait.unwrap_or_else(|| policy::back_off(self.job.failures)));
+        self.r.store.note(&self.job, "submission_failed", now, Some(why)).await?;
+        self.keep_in_touch().await
+    }
+
+    /// Notes that the backend has the job, by the answer to `submit` or by `find`.
+    async fn accepted(&mut self, id: ExternalId) -> Result<Flow, StepError> {
+        let now = self.now();
+        let text = format!("Submitted to {} as job {id}.", self.job.backend);
+        if let Err(error) = self.remark(Style::Plain, &text).await {
+            // The id is worth more than a line about it.
+            tracing::warn!(job = %self.job.id, error = %Chain(&error), "the trace misses a line");
+        }
+        self.job.external_id = Some(id.clone());
+        self.job.submitted_at = Some(now);
+        self.job.failures = 0;
+        self.job.waits_for = None;
+        self.job.due_at = self.next_look(now);
+        let detail = Some(id.to_string());
+        self.r.store.transition(&mut self.job, Event::Accepted, now, detail).await?;
+        self.r.crash_point("D2");
+        self.r.moved(&self.job.backend, now);
+        Ok(Flow::Rest)
+    }
+
+    /// Finds out what became of a submission whose answer was lost.
+    pub(in crate::reconcile) async fn submitting(
+        &mut self,
+        permit: &mut Option<SemaphorePermit<'_>>,
+    ) -> Result<Flow, StepError> {
+        let now = self.now();
+        let timed_out = now >= self.job.deadline_at;
+        let asked = match self.news.take() {
+            Some(News::Found(id)) => return self.accepted(id).await,
+            Some(News::Absent { asked }) => asked,
+            Some(News::Unasked(why)) => {
+                if timed_out {
+                    return self.deadline(false).await;
+                }
+                self.job.failures = self.job.failures.saturating_add(1);
+                self.job.due_at = policy::after(now, policy::back_off(self.job.failures));
+                let first = self.job.waits_for.as_deref() != Some(why.as_str());
+                self.job.waits_for = Some(why.clone());
+                if first {
+                    self.r.store.note(&self.job, "unanswered", now, Some(why)).await?;
+                }
+                return self.keep_in_touch().await;
+            }
+            Some(News::Seen(_) | News::Missing) | None => return Ok(Flow::Rest),
+        };
+        if let Some(settles) = self.settles_at()
+            && asked < settles
+        {
+            self.job.due_at = settles.max(policy::after(now, Duration::from_secs(1)));
+            return self.keep_in_touch().await;
+        }
+        if self.job.attempted_at.is_some() {
+            match self.backend.capabilities().lookup {
+                // It is not there, and never was.
+                Lookup::ByToken { .. } => self.job.attempted_at = None,
+                Lookup::Resubmit => {}
+                Lookup::Never => {
+                    let token =
+                        self.job.submit_token.as_ref().map(ToString::to_string).unwrap_or_default();
+                    return self.conclude(Cause::Ambiguous { token }).await;
+                }
+            }
+        }
+        if self.job.cancel_requested_at.is_some() {
+            return self.conclude(Cause::CancelledEarly).await;
+        }
+        if timed_out {
+            return self.deadline(false).await;
+        }
+        let prepared = self.prepared().await?;
+        let plan = match &prepared.plan {
+            Ok(plan) => plan,
+            Err(unrunnable) => {
+                let detail = unrunnable.to_string();
+                return self.conclude(Cause::Unrunnable { detail }).await;
+            }
+        };
+        let wall_time = match self.wall_time(plan) {
+            Ok(wall_time) => wall_time,
+            Err(left_secs) => return self.conclude(Cause::NoTimeLeft { left_secs }).await,
+        };
+        // The same token again: should the first submission appear after all, it is the same job.
+        self.job.attempted_at = Some(now);
+        self.job.due_at = now;
+        self.r.store.note(&self.job, "attempted_again", now, None).await?;
+        // A backend that is slow to take jobs must not keep the other jobs' news waiting.
+        *permit = None;
+        self.submit(&plan.spec(wall_time), &prepared).await
+    }
+
+    /// Tells from when on a doubtful submission's absence counts; `None` if it always does.
+    pub(in crate::reconcile) fn settles_at(&self) -> Option<jiff::Timestamp> {
+        let Lookup::ByToken { settle } = self.backend.capabilities().lookup else { return None };
+        // An earlier process may have submitted it up to its end, whenever it noted that it would.
+        Some(policy::after(self.job.attempted_at?.max(self.r.since), settle))
+    }
+
+    /// Tells whether the other side may have the job, and at work.
+    pub(in crate::reconcile) fn may_be_there(&self) -> bool {
+        let given = self.job.external_id.is_some() || self.job.attempted_at.is_some();
+        given && self.job.ended_at.is_none()
+    }
+
+    pub(in crate::reconcile) async fn deadline(
+        &mut self,
+        started: bool,
+    ) -> Result<Flow, StepError> {
+        let timeout = policy::since(self.job.deadline_at, self.job.received_at);
+        self.conclude(Cause::Deadline { timeout_secs: timeout.as_secs(), started }).await
+    }
+
+    /// Asks for the job's end over there; the next round sends it.
+    pub(in crate::reconcile) fn request_end(&mut self, by: CancelBy) {
+        if self.job.cancel_requested_at.is_none() {
+            self.job.cancel_requested_at = Some(self.now());
+            self.job.cancel_requested_by = Some(by);
+        }
+    }
+}
