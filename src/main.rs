@@ -1,1 +1,5 @@
-fn main() {}
+//! The program `bridge` with the drivers that come with it.
+
+fn main() -> std::process::ExitCode {
+    bridge::main(bridge::Registry::builtin())
+}

@@ -1,0 +1,273 @@
+//! `bridge serve`: the daemon.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use futures_util::future::BoxFuture;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::cli::Context;
+use crate::cli::exit::{Exit, Failure};
+use crate::config;
+use crate::daemon::{Daemon, Labels, StartError};
+use crate::http::{self, HealthSource, Pages, Problem, WhoseMove};
+use crate::store::{LockError, Store};
+use crate::telemetry::{self, BuildInfo, Chain, JobCount, Metrics, Snapshot};
+
+/// Take jobs from GitLab and see them through, until told to stop
+#[derive(Debug, Args)]
+pub struct ServeArgs {}
+
+struct Health {
+    store: Store,
+    conditions: crate::agent::Conditions,
+    labels: Labels,
+    metrics: Arc<Metrics>,
+}
+
+impl HealthSource for Health {
+    fn health(&self) -> BoxFuture<'_, Vec<Problem>> {
+        Box::pin(async {
+            let mut problems: Vec<Problem> = self
+                .conditions
+                .list()
+                .into_iter()
+                .map(|(who, what)| Problem {
+                    what: format!("runner {who}: {what}"),
+                    whose_move: WhoseMove::Operator,
+                })
+                .collect();
+            // As the last write found it: asking anew would wait in line behind whatever is stuck.
+            if let Some(error) = self.store.trouble() {
+                problems.push(Problem {
+                    what: format!("the database takes no writes: {error}"),
+                    whose_move: WhoseMove::Operator,
+                });
+            }
+            problems
+        })
+    }
+
+    fn snapshot(&self) -> BoxFuture<'_, Snapshot> {
+        Box::pin(async {
+            let counts = self.store.counts().await.unwrap_or_else(|error| {
+                tracing::warn!(error = %Chain(&error), "jobs could not be counted for a scrape");
+                Vec::new()
+            });
+            let unsent_bytes = self.store.unsent_bytes().await.unwrap_or(0);
+            let jobs = counts
+                .into_iter()
+                .map(|count| JobCount {
+                    runner: self.labels.of(&count.runner),
+                    backend: count.backend.0,
+                    state: count.state.as_str(),
+                    count: u64::try_from(count.jobs).unwrap_or(u64::MAX),
+                })
+                .collect();
+            self.metrics.set_store_transactions(self.store.transactions().0);
+            Snapshot { jobs, unsent_bytes }
+        })
+    }
+}
+
+/// The signals that the daemon listens to.
+struct Signals {
+    term: Signal,
+    int: Signal,
+    hup: Signal,
+}
+
+enum Told {
+    Stop(&'static str),
+    Reload,
+    Tick,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            term: signal(SignalKind::terminate())?,
+            int: signal(SignalKind::interrupt())?,
+            hup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self, tick: Duration) -> Told {
+        // `recv` is cancel-safe, as is a sleep.
+        tokio::select! {
+            _ = self.term.recv() => Told::Stop("SIGTERM"),
+            _ = self.int.recv() => Told::Stop("SIGINT"),
+            _ = self.hup.recv() => Told::Reload,
+            () = tokio::time::sleep(tick) => Told::Tick,
+        }
+    }
+}
+
+impl ServeArgs {
+    /// Runs the daemon until it is told to stop.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot start.
+    pub async fn run(self, context: &Context) -> anyhow::Result<Exit> {
+        let config = context.config()?;
+        let metrics = Arc::new(Metrics::new(&BuildInfo {
+            name: "bridge".into(),
+            version: crate::daemon::VERSION.into(),
+            revision: crate::daemon::REVISION.into(),
+            os: std::env::consts::OS.into(),
+            architecture: std::env::consts::ARCH.into(),
+        }));
+        telemetry::init(&context.log_options(Some(&config), "info"), Some(Arc::clone(&metrics)))?;
+        // Before anything is started, so that a signal during the start is not lost.
+        let mut signals = Signals::new()?;
+        let daemon = match Daemon::start(config, &context.registry, metrics).await {
+            Ok(daemon) => daemon,
+            Err(error) => return Err(refuse(error).into()),
+        };
+        check_backends(&daemon).await;
+        if let Some(address) = &daemon.config().listen_address {
+            let bound = http::bind(address).await?;
+            tracing::info!(address = %bound.address(), "metrics and health are served");
+            let pages = Pages { metrics: Arc::clone(daemon.metrics()), source: health(&daemon) };
+            let stop = daemon.shutdown().clone();
+            daemon.tracker().spawn(async move {
+                if let Err(error) = bound.serve(pages, stop).await {
+                    tracing::error!(error = %Chain(&error), "metrics and health are not served");
+                }
+            });
+        }
+        tracing::info!(
+            version = crate::daemon::VERSION,
+            runners = daemon.config().runners.len(),
+            config = %daemon.config().path,
+            "bridge serves"
+        );
+        notify(&[sd_notify::NotifyState::Ready]);
+        let tick = sd_notify::watchdog_enabled().map_or(Duration::from_secs(3600), |t| t / 2);
+        loop {
+            match signals.next(tick).await {
+                Told::Tick => {
+                    // A database that does not answer is a daemon that does nothing.
+                    if daemon.store().counts().await.is_ok() {
+                        notify(&[sd_notify::NotifyState::Watchdog]);
+                    }
+                }
+                Told::Reload => {
+                    notify(&[sd_notify::NotifyState::Reloading]);
+                    reload(&daemon, context).await;
+                    notify(&[sd_notify::NotifyState::Ready]);
+                }
+                Told::Stop(name) => {
+                    tracing::info!(signal = name, "stopping; jobs stay with their backends");
+                    break;
+                }
+            }
+        }
+        notify(&[sd_notify::NotifyState::Stopping]);
+        let limit = daemon.config().shutdown_timeout;
+        if daemon.stop(limit).await {
+            tracing::info!("stopped");
+        }
+        Ok(Exit::Done)
+    }
+}
+
+fn notify(states: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!(error = %error, "systemd was not told");
+    }
+}
+
+/// Gives each reason not to start its exit code and hint.
+fn refuse(error: StartError) -> Failure {
+    let exit = match &error {
+        StartError::Lock(LockError::Held { .. }) => Exit::Running,
+        // Opening asks nobody: what can be wrong is what the file says.
+        StartError::Backend { .. }
+        | StartError::StillOwed { .. }
+        | StartError::NeedsRestart(_)
+        | StartError::Client { .. }
+        | StartError::Lock(LockError::Network { .. }) => Exit::Configuration,
+        StartError::Lock(LockError::Io { .. })
+        | StartError::Open(_)
+        | StartError::Store(_)
+        | StartError::Identity(_)
+        | StartError::Directory { .. } => Exit::Unexpected,
+    };
+    let failure = Failure::new(exit, "start");
+    let failure = match hint(&error) {
+        Some(hint) => failure.hint(hint),
+        None => failure,
+    };
+    failure.source(error)
+}
+
+fn hint(error: &StartError) -> Option<&'static str> {
+    match error {
+        StartError::Lock(LockError::Held { .. }) => {
+            Some("stop the other one, or give this one a state_dir of its own")
+        }
+        StartError::Lock(LockError::Network { .. }) => {
+            Some("set state_dir to a directory on this machine's own disk, such as /var/lib/bridge")
+        }
+        StartError::Open(crate::store::OpenError::Newer { .. }) => {
+            Some("start the newer bridge again, or restore a backup made before the upgrade")
+        }
+        StartError::Open(crate::store::OpenError::Damaged { .. }) => Some(
+            "move it away and restore a backup (`bridge db backup` makes one); jobs it knew go on \
+             at their backends",
+        ),
+        StartError::Lock(LockError::Io { .. })
+        | StartError::Open(_)
+        | StartError::Store(_)
+        | StartError::Backend { .. }
+        | StartError::Client { .. }
+        | StartError::Identity(_)
+        | StartError::Directory { .. }
+        | StartError::StillOwed { .. }
+        | StartError::NeedsRestart(_) => None,
+    }
+}
+
+/// Asks each backend whether it would take a job; one that would not is no reason not to start.
+async fn check_backends(daemon: &Daemon) {
+    for (name, backend) in daemon.backends() {
+        match tokio::time::timeout(Duration::from_secs(30), backend.check()).await {
+            Ok(Ok(())) => tracing::info!(backend = %name, "the backend takes jobs"),
+            Ok(Err(error)) => {
+                tracing::error!(backend = %name, error = %Chain(&error), "the backend takes no jobs");
+            }
+            Err(_elapsed) => {
+                tracing::error!(backend = %name, "the backend did not answer within 30 s");
+            }
+        }
+    }
+}
+
+async fn reload(daemon: &Daemon, context: &Context) {
+    let path = daemon.config().path.clone();
+    let loaded = match config::load(&path) {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            tracing::error!(error = %Chain(&error), "the new configuration is refused, the old one stays");
+            return;
+        }
+    };
+    match daemon.reload(loaded, &context.registry).await {
+        Ok(()) => tracing::info!(config = %path, "the configuration was read again"),
+        Err(error) => {
+            tracing::error!(error = %Chain(&error), "the new configuration is refused, the old one stays");
+        }
+    }
+}
+
+fn health(daemon: &Daemon) -> Arc<dyn HealthSource> {
+    Arc::new(Health {
+        store: daemon.store().clone(),
+        conditions: daemon.conditions().clone(),
+        labels: daemon.labels().clone(),
+        metrics: Arc::clone(daemon.metrics()),
+    })
+}
