@@ -1,1 +1,23 @@
+//! The real binary against a coordinator that plays GitLab, and against real backends.
+//!
+//! One binary for all integration tests: one link, not ten.
 
+#![expect(
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "helpers of tests fail as tests do"
+)]
+
+mod cancel;
+mod cli;
+mod crash;
+mod exec;
+mod input;
+mod layering;
+mod lifecycle;
+mod outage;
+mod readme;
+mod slurm;
+mod support;
+mod trace;
