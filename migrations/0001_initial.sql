@@ -64,6 +64,11 @@ CREATE INDEX jobs_due ON jobs (due_at) WHERE released_at IS NULL;
 CREATE INDEX jobs_owed ON jobs (runner, backend, state, project_id, slot, project_slot)
     WHERE released_at IS NULL;
 
+-- Finding the smallest free slots without looking at every job.
+CREATE INDEX jobs_slots ON jobs (runner, slot) WHERE released_at IS NULL;
+CREATE INDEX jobs_project_slots ON jobs (runner, project_id, project_slot)
+    WHERE released_at IS NULL;
+
 -- Finding what was asked to end.
 CREATE INDEX jobs_cancel ON jobs (backend)
     WHERE released_at IS NULL AND cancel_requested_at IS NOT NULL AND ended_at IS NULL;

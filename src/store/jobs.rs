@@ -1,5 +1,8 @@
 //! What is written about jobs.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use jiff::Timestamp;
 use sqlx::Row as _;
 use sqlx::sqlite::{SqliteArguments, SqliteConnection};
@@ -148,7 +151,11 @@ impl Store {
     ///
     /// When the database does not take it.
     pub async fn receive(&self, new: NewJob) -> Result<Received, StoreError> {
-        self.write("jobs::receive", move |c| Box::pin(async move { receive(c, &new).await })).await
+        let hints = Arc::clone(&self.slots);
+        self.write("jobs::receive", move |c| {
+            Box::pin(async move { receive(c, &new, &hints).await })
+        })
+        .await
     }
 
     /// Moves a job to the state after `event`, writing its facts and a line of its history.
@@ -223,14 +230,18 @@ impl Store {
         at: Timestamp,
         detail: Option<String>,
     ) -> Result<(), StoreError> {
-        let job = job.clone();
+        let (noted, job) = (job.clone(), job.clone());
         self.write("jobs::note", move |c| {
             Box::pin(async move {
                 update(c, "jobs::note", &job, job.state).await?;
                 events::append(c, job.id, at, Actor::Reconciler, event, detail.as_deref()).await
             })
         })
-        .await
+        .await?;
+        if noted.released_at.is_some() {
+            self.slots.freed(&noted);
+        }
+        Ok(())
     }
 
     /// Notes that jobs were asked to end over there.
@@ -375,9 +386,13 @@ impl Store {
     }
 }
 
-async fn receive(c: &mut SqliteConnection, new: &NewJob) -> Result<Received, StoreError> {
-    let slot = free_slot(c, new, false).await?;
-    let project_slot = free_slot(c, new, true).await?;
+async fn receive(
+    c: &mut SqliteConnection,
+    new: &NewJob,
+    hints: &SlotHints,
+) -> Result<Received, StoreError> {
+    let slot = free_slot(c, new, hints, None).await?;
+    let project_slot = free_slot(c, new, hints, Some(new.project_id)).await?;
     let done = sqlx::query(
         "-- jobs::receive
          INSERT INTO jobs (id, runner, ci_url, ci_job, ci_pipeline, project_id, project, name,
@@ -402,6 +417,8 @@ async fn receive(c: &mut SqliteConnection, new: &NewJob) -> Result<Received, Sto
     .await
     .map_err(database("jobs::receive"))?;
     if done.rows_affected() == 0 {
+        hints.give_back(&(new.runner.0.clone(), None), slot);
+        hints.give_back(&(new.runner.0.clone(), Some(new.project_id)), project_slot);
         return Ok(Received::Known);
     }
     sqlx::query(
@@ -417,43 +434,74 @@ async fn receive(c: &mut SqliteConnection, new: &NewJob) -> Result<Received, Sto
     Ok(Received::New)
 }
 
+/// How many slots are looked at in one query.
+const SLOTS_AT_ONCE: usize = 64;
+
+/// Below which numbers there is no free slot; so that the thousandth job does not look at all before it.
+///
+/// A hint and no more: too low costs a longer look, too high a larger number, and a number that is in
+/// use is never given.
+#[derive(Debug, Default)]
+pub(in crate::store) struct SlotHints(Mutex<HashMap<(String, Option<i64>), i64>>);
+
+impl SlotHints {
+    fn map(&self) -> MutexGuard<'_, HashMap<(String, Option<i64>), i64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn freed(&self, job: &Job) {
+        self.give_back(&(job.runner.0.clone(), None), i64::from(job.slot));
+        let of_project = (job.runner.0.clone(), Some(job.project_id));
+        self.give_back(&of_project, i64::from(job.project_slot));
+    }
+
+    fn give_back(&self, key: &(String, Option<i64>), slot: i64) {
+        if let Some(hint) = self.map().get_mut(key) {
+            *hint = (*hint).min(slot);
+        }
+    }
+}
+
 /// Finds the smallest slot number that no owed job of the runner (and project) has.
 async fn free_slot(
     c: &mut SqliteConnection,
     new: &NewJob,
-    of_project: bool,
+    hints: &SlotHints,
+    project: Option<i64>,
 ) -> Result<i64, StoreError> {
-    let name = "jobs::free_slot";
-    let used: Vec<i64> = if of_project {
-        sqlx::query_scalar(
-            "-- jobs::project_slots
-             SELECT project_slot FROM jobs
-             WHERE released_at IS NULL AND runner = ? AND project_id = ? ORDER BY project_slot",
-        )
-        .bind(new.runner.0.clone())
-        .bind(new.project_id)
-        .fetch_all(c)
-        .await
-        .map_err(database(name))?
-    } else {
-        sqlx::query_scalar(
-            "-- jobs::slots
-             SELECT slot FROM jobs WHERE released_at IS NULL AND runner = ? ORDER BY slot",
-        )
-        .bind(new.runner.0.clone())
-        .fetch_all(c)
-        .await
-        .map_err(database(name))?
-    };
-    let mut free = 0;
-    for slot in used {
-        match slot.cmp(&free) {
-            std::cmp::Ordering::Less => {}
-            std::cmp::Ordering::Equal => free += 1,
-            std::cmp::Ordering::Greater => break,
+    let key = (new.runner.0.clone(), project);
+    let mut free = hints.map().get(&key).copied().unwrap_or(0);
+    loop {
+        let query = match project {
+            Some(project) => sqlx::query_scalar(
+                "-- jobs::project_slots
+                 SELECT project_slot FROM jobs
+                 WHERE released_at IS NULL AND runner = ? AND project_id = ? AND project_slot >= ?
+                 ORDER BY project_slot LIMIT ?",
+            )
+            .bind(new.runner.0.clone())
+            .bind(project),
+            None => sqlx::query_scalar(
+                "-- jobs::slots
+                 SELECT slot FROM jobs
+                 WHERE released_at IS NULL AND runner = ? AND slot >= ? ORDER BY slot LIMIT ?",
+            )
+            .bind(new.runner.0.clone()),
+        };
+        let used: Vec<i64> = query
+            .bind(free)
+            .bind(i64::try_from(SLOTS_AT_ONCE).unwrap_or(i64::MAX))
+            .fetch_all(&mut *c)
+            .await
+            .map_err(database("jobs::free_slot"))?;
+        let gap = used.iter().zip(free..).position(|(slot, wanted)| *slot > wanted);
+        let taken = gap.unwrap_or(used.len());
+        free += i64::try_from(taken).unwrap_or(0);
+        if gap.is_some() || used.len() < SLOTS_AT_ONCE {
+            hints.map().insert(key, free + 1);
+            return Ok(free);
         }
     }
-    Ok(free)
 }
 
 async fn purge_payload(c: &mut SqliteConnection, job: JobId) -> Result<(), StoreError> {

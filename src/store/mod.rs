@@ -177,6 +177,7 @@ pub struct Store {
     writes: mpsc::Sender<OperationBox>,
     read: SqlitePool,
     counters: Arc<Counters>,
+    slots: Arc<jobs::SlotHints>,
     #[cfg(test)]
     around: Option<Around>,
 }
@@ -350,6 +351,7 @@ impl Store {
             writes,
             read,
             counters,
+            slots: Arc::default(),
             #[cfg(test)]
             around: None,
         })
