@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use camino::Utf8PathBuf;
 use tokio_util::sync::CancellationToken;
@@ -22,7 +22,7 @@ use crate::gitlab::wire::Secret;
 use crate::gitlab::{
     self, Client, Info, JobAuth, JobUpdate, ReceivedJob, RequestReply, UpdateState,
 };
-use crate::store::{NewJob, Received, Store, StoreError};
+use crate::store::{Count, NewJob, Received, Store, StoreError};
 use crate::telemetry::Chain;
 
 /// Free space below which no jobs are asked for: a job that cannot be written down is lost.
@@ -31,6 +31,9 @@ const DISK_FLOOR: u64 = 64 * 1024 * 1024;
 /// How often a job is tried to be written down before GitLab is told that it cannot be: two minutes and
 /// more, with the back-off between.
 const WRITE_ATTEMPTS: u32 = 8;
+
+/// How long a count of the rows is used, as long as it leaves room.
+const COUNT_KEPT: Duration = Duration::from_secs(2);
 
 /// How long a worker that found no room waits at most before it counts again.
 const NO_ROOM_WAIT: Duration = Duration::from_millis(500);
@@ -109,21 +112,39 @@ impl Conditions {
 /// Requests under way, which may each become a job: they count as if they had.
 #[derive(Clone, Debug, Default)]
 pub struct Reservations {
-    places: Arc<Mutex<BTreeMap<(RunnerName, BackendName), usize>>>,
-    /// Held while a place is looked for.
-    door: Arc<tokio::sync::Mutex<()>>,
+    places: Arc<Mutex<Places>>,
+    /// Jobs that became rows since the rows were counted.
+    since: Arc<Mutex<Places>>,
+    /// The last count; held while a place is looked for.
+    counted: Arc<tokio::sync::Mutex<Option<Counted>>>,
+}
+
+/// What a job takes room of.
+type Place = (RunnerName, BackendName);
+type Places = BTreeMap<Place, usize>;
+
+/// Rows as they were counted. Jobs only leave without our doing: with what came since added, the count
+/// is never too low, and counting ten thousand rows for each of them would cost more than running them.
+#[derive(Debug)]
+struct Counted {
+    at: Instant,
+    counts: Vec<Count>,
 }
 
 /// One request's place; given back when it is dropped.
 #[derive(Debug)]
 struct Reservation {
     all: Reservations,
-    key: (RunnerName, BackendName),
+    key: Place,
 }
 
 impl Reservations {
-    fn map(&self) -> MutexGuard<'_, BTreeMap<(RunnerName, BackendName), usize>> {
+    fn map(&self) -> MutexGuard<'_, Places> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn since(&self) -> MutexGuard<'_, Places> {
+        self.since.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -383,6 +404,8 @@ impl Inner {
             runner = %self.settings.runner, request_id = %job.request_id);
         match self.write_down(new).await {
             Ok(Received::New) => {
+                let key = (self.settings.runner.clone(), self.settings.backend.clone());
+                *self.shared.reservations.since().entry(key).or_insert(0) += 1;
                 span.in_scope(|| tracing::info!("job received"));
                 (self.shared.wake)();
                 let queued = payload.job_info.time_in_queue_seconds;
@@ -495,42 +518,53 @@ impl Inner {
     async fn reserve(&self) -> Result<Option<Reservation>, StoreError> {
         let settings = &self.settings;
         let key = (settings.runner.clone(), settings.backend.clone());
-        let _door = self.shared.reservations.door.lock().await;
+        let mut counted = self.shared.reservations.counted.lock().await;
         // Places before rows: one that becomes a row in between counts twice, which errs on the safe
         // side; the other way round it might not count at all.
         let reserved = self.shared.reservations.map().clone();
-        let counts = self.shared.store.counts().await?;
-        let requested = |of: &dyn Fn(&(RunnerName, BackendName)) -> bool| -> usize {
-            reserved.iter().filter(|(key, _)| of(key)).map(|(_, count)| *count).sum()
+        if counted.as_ref().is_some_and(|known| known.at.elapsed() < COUNT_KEPT)
+            && let Some(known) = counted.as_ref()
+            && self.room(known, &reserved, &self.shared.reservations.since()).is_there()
+        {
+            return Ok(Some(self.take(key)));
+        }
+        // What came since the count is in the new one, or will be counted twice.
+        self.shared.reservations.since().clear();
+        let known = Counted { at: Instant::now(), counts: self.shared.store.counts().await? };
+        let is_there = self.room(&known, &reserved, &self.shared.reservations.since()).is_there();
+        *counted = Some(known);
+        Ok(is_there.then(|| self.take(key)))
+    }
+
+    fn take(&self, key: Place) -> Reservation {
+        *self.shared.reservations.map().entry(key.clone()).or_insert(0) += 1;
+        Reservation { all: self.shared.reservations.clone(), key }
+    }
+
+    /// Works out the room that is left, never more than there is.
+    fn room(&self, known: &Counted, reserved: &Places, since: &Places) -> Room {
+        let settings = &self.settings;
+        let rows = |of: &dyn Fn(&Count) -> bool| -> usize {
+            known.counts.iter().filter(|c| !c.state.is_over() && of(c)).map(|c| c.jobs).sum()
         };
-        let alive = |state: JobState| !state.is_over();
+        let places = |of: &dyn Fn(&Place) -> bool| -> usize {
+            let sum =
+                |map: &Places| map.iter().filter(|(k, _)| of(k)).map(|(_, n)| *n).sum::<usize>();
+            sum(reserved) + sum(since)
+        };
         let waits = |state| {
             matches!(state, JobState::Received | JobState::Submitting | JobState::Submitted)
         };
-        let room = Room {
-            in_flight: counts.iter().filter(|c| alive(c.state)).map(|c| c.jobs).sum::<usize>()
-                + requested(&|_| true),
+        Room {
+            in_flight: rows(&|_| true) + places(&|_| true),
             concurrent: settings.concurrent,
-            of_runner: counts
-                .iter()
-                .filter(|c| alive(c.state) && c.runner == settings.runner)
-                .map(|c| c.jobs)
-                .sum::<usize>()
-                + requested(&|(runner, _)| *runner == settings.runner),
+            of_runner: rows(&|c| c.runner == settings.runner)
+                + places(&|(runner, _)| *runner == settings.runner),
             limit: settings.limit,
-            queued: counts
-                .iter()
-                .filter(|c| waits(c.state) && c.backend == settings.backend)
-                .map(|c| c.jobs)
-                .sum::<usize>()
-                + requested(&|(_, backend)| *backend == settings.backend),
+            queued: rows(&|c| waits(c.state) && c.backend == settings.backend)
+                + places(&|(_, backend)| *backend == settings.backend),
             max_queued: settings.max_queued,
-        };
-        if !room.is_there() {
-            return Ok(None);
         }
-        *self.shared.reservations.map().entry(key.clone()).or_insert(0) += 1;
-        Ok(Some(Reservation { all: self.shared.reservations.clone(), key }))
     }
 
     fn crash_point(&self, name: &str) {
