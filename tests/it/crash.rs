@@ -126,9 +126,7 @@ async fn soak(bed: &Bed, jobs: usize, within: Duration) {
             (log.matches("\"bridge serves\"").count() > kills).then_some(())
         })
         .await;
-        // After a minute of it, lives are longer: what waits for a doubtful submission to settle on a busy
-        // machine is to come home too.
-        tokio::time::sleep(Duration::from_secs(if kills < 60 { 1 } else { 5 })).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
         daemon.kill();
         kills += 1;
         // GitLab has seen all that the dead process sent once it has seen its connections end.
