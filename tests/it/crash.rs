@@ -120,12 +120,6 @@ async fn soak(bed: &Bed, jobs: usize, within: Duration) {
     while bed.gitlab.counts().success < jobs {
         assert!(started.elapsed() < within, "{:?}\n{}", bed.gitlab.counts(), bed.log());
         let daemon = bed.serve();
-        // The second counts from when it serves: on a busy machine the start alone may take one.
-        until("the daemon to serve", || {
-            let log = std::fs::read_to_string(bed.path("daemon.log")).unwrap_or_default();
-            (log.matches("\"bridge serves\"").count() > kills).then_some(())
-        })
-        .await;
         tokio::time::sleep(Duration::from_secs(1)).await;
         daemon.kill();
         kills += 1;
@@ -174,7 +168,7 @@ async fn a_hundred_jobs_survive_a_kill_9_every_second_on_local() {
         return;
     }
     let bed = Bed::local().await;
-    soak(&bed, 100, Duration::from_secs(600)).await;
+    soak(&bed, 100, Duration::from_secs(180)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -190,5 +184,5 @@ async fn fifty_jobs_survive_a_kill_9_every_second_on_slurm() {
     let bed = Bed::new(Where::Slurm { conf: cluster.conf() }, Options::default(), "", "").await;
     // Absence counts from the daemon's own start at the earliest; this one lives for a second.
     bed.write_config("", "", "settle = \"300ms\"");
-    soak(&bed, 50, Duration::from_secs(600)).await;
+    soak(&bed, 50, Duration::from_secs(240)).await;
 }
