@@ -58,7 +58,7 @@
 //! | --- | --- | --- |
 //! | A | GitLab's 201 and the insert | nothing can: GitLab ends the job. Nothing stands between those two |
 //! | B | insert and attempt | makes the job ready again |
-//! | C | attempt and `submit` | `find`: absent; after `settle` submits with the same token |
+//! | C | attempt and `submit` | `find`: absent; once `settle` has passed since the process that attempted it ended, submits with the same token |
 //! | D | `submit` and its answer's note | `find`: there; takes the id |
 //! | E | spool and offsets | cuts the spool to its noted length, reads the log again |
 //! | F | end seen and end noted | polls again |

@@ -272,7 +272,12 @@ fn as_json(job: &Job) -> Map<String, Value> {
         "failures": job.failures,
     });
     match value {
-        Value::Object(map) => map,
+        Value::Object(mut map) => {
+            map.insert("doubted_at".into(), time(job.doubted_at));
+            map.insert("cached_at".into(), time(job.cached_at));
+            map.insert("brought_at".into(), time(job.brought_at));
+            map
+        }
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {
             Map::new()
         }

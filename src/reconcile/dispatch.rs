@@ -78,6 +78,9 @@ impl Sink {
     }
 }
 
+/// The least time between two looks for a submission whose absence does not count yet.
+pub(in crate::reconcile) const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
 /// Why a job is not handed over.
 enum Stopped {
     /// Its verdict is known.
@@ -162,6 +165,7 @@ impl Step<'_> {
         self.keep(desk).await?;
         self.job.submit_token = Some(self.job.id.submit_token());
         self.job.attempted_at = Some(now);
+        self.job.doubted_at = None;
         self.job.failures = 0;
         self.job.waits_for = None;
         // Should we die now, the next sweep looks for it at once.
@@ -402,6 +406,7 @@ impl Step<'_> {
                 Lookup::ByToken { .. } | Lookup::Resubmit => {
                     // It may have taken effect as late as now.
                     self.job.attempted_at = Some(now);
+                    self.job.doubted_at = None;
                     None
                 }
             },
@@ -464,7 +469,8 @@ impl Step<'_> {
         if let Some(settles) = self.settles_at()
             && asked < settles
         {
-            self.job.due_at = settles.max(policy::after(now, Duration::from_secs(1)));
+            // Not a moment later: a daemon that is killed every second must come to it, too.
+            self.job.due_at = settles.max(policy::after(now, LOOK_AGAIN));
             return self.keep_in_touch().await;
         }
         if self.job.attempted_at.is_some() {
@@ -499,6 +505,7 @@ impl Step<'_> {
         };
         // The same token again: should the first submission appear after all, it is the same job.
         self.job.attempted_at = Some(now);
+        self.job.doubted_at = None;
         self.job.due_at = now;
         self.r.store.note(&self.job, "attempted_again", now, None).await?;
         // A backend that is slow to take jobs must not keep the other jobs' news waiting.
@@ -507,10 +514,18 @@ impl Step<'_> {
     }
 
     /// Tells from when on a doubtful submission's absence counts; `None` if it always does.
-    pub(in crate::reconcile) fn settles_at(&self) -> Option<jiff::Timestamp> {
+    ///
+    /// An earlier process may have submitted it up to its end, whenever it noted that it would. It had
+    /// ended when the first process after it started, which that one notes: for the later ones the time
+    /// goes on, or a daemon that is killed again and again would never submit it. The row is written by
+    /// whoever called.
+    pub(in crate::reconcile) fn settles_at(&mut self) -> Option<jiff::Timestamp> {
         let Lookup::ByToken { settle } = self.backend.capabilities().lookup else { return None };
-        // An earlier process may have submitted it up to its end, whenever it noted that it would.
-        Some(policy::after(self.job.attempted_at?.max(self.r.since), settle))
+        let attempted = self.job.attempted_at?;
+        if attempted < self.r.since && self.job.doubted_at.is_none() {
+            self.job.doubted_at = Some(self.r.since);
+        }
+        Some(policy::after(self.job.doubted_at.map_or(attempted, |at| at.max(attempted)), settle))
     }
 
     /// Tells whether the other side may have the job, and at work.

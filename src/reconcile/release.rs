@@ -7,6 +7,7 @@ use jiff::Timestamp;
 
 use crate::domain::policy;
 use crate::job;
+use crate::reconcile::dispatch::LOOK_AGAIN;
 use crate::reconcile::{Flow, News, Step, StepError};
 use crate::store::CancelBy;
 use crate::telemetry::Chain;
@@ -97,7 +98,7 @@ impl Step<'_> {
             }
             Some(News::Absent { asked }) if asked >= settles => return Ok(None),
             Some(News::Absent { .. }) => {
-                self.job.due_at = settles.max(policy::after(now, Duration::from_secs(1)));
+                self.job.due_at = settles.max(policy::after(now, LOOK_AGAIN));
             }
             Some(News::Unasked(_why)) => {
                 self.job.failures = self.job.failures.saturating_add(1);

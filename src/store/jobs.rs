@@ -97,7 +97,7 @@ async fn update(
              released_at = ?18, host = ?19, waits_for = ?20, log_offset = ?21, log_ended = ?22,
              trace_carry = ?23, trace_len = ?24, trace_sent = ?25, trace_hole = ?26,
              trace_interval = ?27, workspace = ?28, due_at = ?29, failures = ?30,
-             submitted_at = ?31
+             submitted_at = ?31, doubted_at = ?32, cached_at = ?33, brought_at = ?34
          WHERE id = ?1 AND state = ?2",
     );
     let done = query
@@ -132,6 +132,9 @@ async fn update(
         .bind(job.due_at.as_millisecond())
         .bind(i64::from(job.failures))
         .bind(millis(job.submitted_at))
+        .bind(millis(job.doubted_at))
+        .bind(millis(job.cached_at))
+        .bind(millis(job.brought_at))
         .execute(&mut *connection)
         .await
         .map_err(database(name))?;

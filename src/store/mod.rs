@@ -35,8 +35,10 @@ pub use crate::store::query::{Count, Filter, Polled};
 pub use crate::store::rows::{CancelBy, EndedOutcome, Job};
 
 /// Every schema there ever was, oldest first.
-const MIGRATIONS: &[(i64, &str, &str)] =
-    &[(1, "initial", include_str!("../../migrations/0001_initial.sql"))];
+const MIGRATIONS: &[(i64, &str, &str)] = &[
+    (1, "initial", include_str!("../../migrations/0001_initial.sql")),
+    (2, "doubts_and_homecoming", include_str!("../../migrations/0002_doubts_and_homecoming.sql")),
+];
 
 /// The most writes that are committed together.
 ///

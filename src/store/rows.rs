@@ -87,6 +87,8 @@ pub struct Job {
     pub state_at: Timestamp,
     /// When it was last tried to submit it.
     pub attempted_at: Option<Timestamp>,
+    /// When the first process after the one that attempted it started; absence counts from there.
+    pub doubted_at: Option<Timestamp>,
     /// When the backend was known to have it.
     pub submitted_at: Option<Timestamp>,
     /// When it was seen to have started.
@@ -105,6 +107,10 @@ pub struct Job {
     pub cancel_requested_by: Option<CancelBy>,
     /// When the backend was last asked to end it.
     pub cancel_sent_at: Option<Timestamp>,
+    /// When its caches were kept, or it was seen that there was none to keep.
+    pub cached_at: Option<Timestamp>,
+    /// When nothing of it was left to bring home and its trace was complete.
+    pub brought_at: Option<Timestamp>,
     /// When nothing was left to do.
     pub released_at: Option<Timestamp>,
     /// The machine it runs on.
@@ -150,7 +156,8 @@ pub(in crate::store) const COLUMNS: &str = "id, runner, ci_url, ci_job, ci_pipel
      deadline_at, state_at, attempted_at, submitted_at, started_at, ended_at, observed_at, missing_since, \
      ci_confirmed_at, cancel_requested_at, cancel_requested_by, cancel_sent_at, released_at, host, \
      waits_for, log_offset, log_ended, trace_carry, trace_len, trace_sent, trace_hole, \
-     trace_interval, slot, project_slot, workspace, due_at, failures";
+     trace_interval, slot, project_slot, workspace, due_at, failures, doubted_at, \
+     cached_at, brought_at";
 
 struct Reader<'r> {
     row: &'r SqliteRow,
@@ -237,6 +244,7 @@ impl TryFrom<&SqliteRow> for Job {
             deadline_at: r.time("deadline_at")?,
             state_at: r.time("state_at")?,
             attempted_at: r.maybe_time("attempted_at")?,
+            doubted_at: r.maybe_time("doubted_at")?,
             submitted_at: r.maybe_time("submitted_at")?,
             started_at: r.maybe_time("started_at")?,
             ended_at: r.maybe_time("ended_at")?,
@@ -254,6 +262,8 @@ impl TryFrom<&SqliteRow> for Job {
                 })
                 .transpose()?,
             cancel_sent_at: r.maybe_time("cancel_sent_at")?,
+            cached_at: r.maybe_time("cached_at")?,
+            brought_at: r.maybe_time("brought_at")?,
             released_at: r.maybe_time("released_at")?,
             host: r.maybe_text("host")?,
             waits_for: r.maybe_text("waits_for")?,

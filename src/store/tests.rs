@@ -309,6 +309,26 @@ async fn a_database_from_the_future_is_refused_and_left_alone() {
 }
 
 #[tokio::test]
+async fn a_database_of_an_earlier_schema_is_migrated_with_all_it_holds() {
+    let old = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/databases/0001.db");
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(old, database_path(path(&dir))).unwrap();
+    let tracker = TaskTracker::new();
+    let store = Store::open(path(&dir), &tracker).await.unwrap();
+    assert_eq!(store.schema().await.unwrap(), known_schema());
+    assert!(store.check().await.unwrap().is_empty());
+    let mut jobs = store.list(&Filter::default()).await.unwrap();
+    jobs.sort_by_key(|job| job.ci_job.0);
+    let seen: Vec<_> =
+        jobs.iter().map(|job| (job.state.as_str(), job.brought_at.is_some())).collect();
+    let expected =
+        [("received", false), ("submitting", false), ("reporting", true), ("finished", true)];
+    assert_eq!(seen, expected, "what was told before had nothing to bring home");
+    assert!(store.payload(jobs[0].id).await.unwrap().unwrap().expose().contains("hunter1"));
+    assert!(store.payload(jobs[3].id).await.unwrap().is_none());
+}
+
+#[tokio::test]
 async fn a_damaged_database_is_named_so() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(database_path(path(&dir)), vec![7_u8; 8192]).unwrap();

@@ -110,6 +110,29 @@ async fn an_earlier_process_may_have_submitted_until_it_ended() {
 }
 
 #[tokio::test]
+async fn a_daemon_that_never_lives_as_long_as_absence_takes_submits_all_the_same() {
+    let mut bed = Bed::with(settling(30), Tuning::default()).await;
+    bed.world.trouble(Verb::Submit, Trouble::LostQuestion);
+    let case = bed.take(job("short lives")).await;
+    bed.until("it is tried", &case, |job| job.state == JobState::Submitting).await;
+    let mut lives = 0;
+    while bed.row(&case).await.state == JobState::Submitting {
+        lives += 1;
+        assert!(lives < 40, "no life came to it: {:#?}", bed.row(&case).await);
+        bed = bed.restart().await;
+        bed.sweeps(2).await;
+        if lives < 14 {
+            assert_eq!(bed.world.count(Verb::Submit), 1, "absence does not count yet");
+        }
+    }
+    assert_eq!(bed.world.count(Verb::Submit), 2);
+    assert_eq!(bed.world.jobs().len(), 1);
+    bed.world.finish(&case.token, Outcome::Exited { code: 0 });
+    bed.home(&case).await;
+    bed.assert_well();
+}
+
+#[tokio::test]
 async fn where_nobody_can_look_a_lost_answer_fails_the_job_and_names_the_token() {
     let bed = Bed::with(looking(Lookup::Never), Tuning::default()).await;
     bed.world.trouble(Verb::Submit, Trouble::LostAnswer);
