@@ -1,7 +1,7 @@
 //! The file that an archive is written to.
 
 use std::fs::File;
-use std::io::{self, Seek as _, SeekFrom, Write};
+use std::io::{self, Seek as _, SeekFrom, Write as _};
 
 use sha2::{Digest as _, Sha256};
 

@@ -5,7 +5,7 @@
 //! What has vanished, may not be read or cannot be read to its end is left out, with a warning.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read as _};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 

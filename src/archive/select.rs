@@ -134,7 +134,7 @@ impl Selection {
             go_on(stop)?;
             let Ok(stat) = beneath.stat(entry.place()) else { continue };
             let seconds = u64::try_from(stat.st_mtime).unwrap_or_default();
-            let nanos = u64::try_from(stat.st_mtime_nsec).unwrap_or_default();
+            let nanos = stat.st_mtime_nsec;
             let changed = UNIX_EPOCH + Duration::from_secs(seconds) + Duration::from_nanos(nanos);
             if changed > time {
                 return Ok(true);
@@ -205,6 +205,14 @@ pub fn select(
 /// Says whether a name is that of the repository's own directory, or of something in it.
 pub(super) fn is_git(name: &[u8]) -> bool {
     name.split(|byte| *byte == b'/').next() == Some(b".git")
+}
+
+/// Says whether there is nothing of this name; one that is too long is the name of nothing.
+fn names_nothing(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::InvalidFilename
+    )
 }
 
 fn below(directory: &[u8], name: &[u8]) -> Vec<u8> {
@@ -363,9 +371,7 @@ impl Walk<'_> {
                 if matches!(error.kind(), io::ErrorKind::Interrupted) {
                     return Err(ArchiveError::Stopped);
                 }
-                let gone =
-                    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
-                if !gone {
+                if !names_nothing(&error) {
                     self.warnings.push(format!("{}: {error}", shown(&task.name)));
                 }
             }
@@ -380,20 +386,20 @@ impl Walk<'_> {
         for (index, mut segment) in raw {
             let Some((pattern, alternative)) = self.alternatives.get(index) else { continue };
             loop {
-                let known = states.contains(&(index, segment));
                 let stars = alternative.segments.get(segment) == Some(&Segment::Stars);
-                let last = segment + 1 == alternative.segments.len();
-                if stars && last {
+                if stars && segment + 1 == alternative.segments.len() {
                     matched.push(*pattern);
-                } else if !known {
-                    states.push((index, segment));
+                    break;
                 }
-                if !stars || last || known {
+                states.push((index, segment));
+                if !stars {
                     break;
                 }
                 segment += 1;
             }
         }
+        states.sort_unstable();
+        states.dedup();
         states
     }
 
@@ -445,15 +451,16 @@ impl Walk<'_> {
             if seen.is_multiple_of(1024) && go_on(self.stop).is_err() {
                 return Err(io::ErrorKind::Interrupted.into());
             }
-            let kind = match entry.file_type() {
+            let mut kind = entry.file_type();
+            if kind == FileType::Unknown {
                 // Some file systems do not say in the listing.
-                FileType::Unknown => match self.beneath.stat(&below(&task.place, name)) {
-                    Ok(stat) => Kind::of(FileType::from_raw_mode(stat.st_mode)),
+                kind = match self.beneath.stat(&below(&task.place, name)) {
+                    Ok(stat) => FileType::from_raw_mode(stat.st_mode),
                     Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                     Err(error) => return Err(error),
-                },
-                kind => Kind::of(kind),
-            };
+                };
+            }
+            let kind = Kind::of(kind);
             let step = index.step(self, name, kind);
             self.child(task, name, kind, step, tasks);
         }
@@ -476,12 +483,8 @@ impl Walk<'_> {
         for name in names {
             let kind = match self.beneath.stat(&below(&task.place, &name)) {
                 Ok(stat) => Kind::of(FileType::from_raw_mode(stat.st_mode)),
-                Err(error) => match error.kind() {
-                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => continue,
-                    // A name that is too long is the name of nothing.
-                    io::ErrorKind::InvalidFilename => continue,
-                    _ => return Err(error),
-                },
+                Err(error) if names_nothing(&error) => continue,
+                Err(error) => return Err(error),
             };
             let step = index.step(self, &name, kind);
             self.child(task, &name, kind, step, tasks);
@@ -604,13 +607,15 @@ impl Walk<'_> {
 /// The states of one directory, ready to be asked about names.
 struct Index<'a> {
     exact: HashMap<Vec<u8>, Vec<State>>,
-    others: Vec<State>,
+    shapes: Vec<State>,
+    stars: Vec<State>,
     all: &'a [State],
 }
 
 impl<'a> Index<'a> {
     fn of(walk: &Walk<'_>, states: &'a [State]) -> Self {
-        let mut index = Self { exact: HashMap::new(), others: Vec::new(), all: states };
+        let mut index =
+            Self { exact: HashMap::new(), shapes: Vec::new(), stars: Vec::new(), all: states };
         if states.len() <= MANY_STATES {
             return index;
         }
@@ -619,7 +624,9 @@ impl<'a> Index<'a> {
                 Some(Segment::Literal { name, .. }) => {
                     index.exact.entry(name.clone()).or_default().push(*state);
                 }
-                Some(Segment::Stars | Segment::Shape(_)) | None => index.others.push(*state),
+                Some(Segment::Shape(_)) => index.shapes.push(*state),
+                Some(Segment::Stars) => index.stars.push(*state),
+                None => {}
             }
         }
         index
@@ -633,8 +640,11 @@ impl<'a> Index<'a> {
             }
             return step;
         }
-        for state in self.exact.get(name).into_iter().flatten().chain(&self.others) {
+        for state in self.exact.get(name).into_iter().flatten().chain(&self.shapes) {
             one_step(walk, *state, name, kind, &mut step);
+        }
+        if kind == Kind::Directory {
+            step.inside.extend_from_slice(&self.stars);
         }
         step
     }

@@ -63,12 +63,17 @@ pub(super) fn unpack(
             return Err(ArchiveError::TooMuch { what: "entries", limit: bounds.entries });
         }
         let size = header.entry_size().map_err(|error| damaged(error.to_string()))?;
-        match header.entry_type() {
-            EntryType::GNULongName => ahead.name = Some(untar.text(size)?),
-            EntryType::GNULongLink => ahead.target = Some(untar.text(size)?),
-            EntryType::XHeader => untar.extensions(size, &mut ahead)?,
-            EntryType::XGlobalHeader => untar.pass(size, |_| Ok(()))?,
-            kind => untar.entry(&header, kind, std::mem::take(&mut ahead), size, &mut placer)?,
+        let kind = header.entry_type();
+        if kind.is_gnu_longname() {
+            ahead.name = Some(untar.text(size)?);
+        } else if kind.is_gnu_longlink() {
+            ahead.target = Some(untar.text(size)?);
+        } else if kind.is_pax_local_extensions() {
+            untar.extensions(size, &mut ahead)?;
+        } else if kind.is_pax_global_extensions() {
+            untar.pass(size, |_| Ok(()))?;
+        } else {
+            untar.entry(&header, kind, std::mem::take(&mut ahead), size, &mut placer)?;
         }
     }
     let (files, warnings) = placer.end()?;
@@ -202,22 +207,19 @@ impl<R: Read> Untar<'_, R> {
         }
         let mtime = ahead.mtime.or_else(|| header.mtime().ok().and_then(|t| i64::try_from(t).ok()));
         let looks = Looks { mode: header.mode().ok(), mtime };
-        match kind {
-            EntryType::Directory => placer.directory(&name, looks)?,
-            EntryType::Regular if raw.ends_with(b"/") => placer.directory(&name, looks)?,
-            EntryType::Symlink => {
-                let target = ahead.target.or_else(|| header.link_name_bytes().map(Into::into));
-                match target {
-                    Some(target) if !target.is_empty() && !target.contains(&0) => {
-                        placer.link(name, target, looks);
-                    }
-                    _ => return Err(damaged(format!("{:?} is a link to nothing", shown(&raw)))),
-                }
+        let file = kind.is_file() || kind.is_contiguous();
+        if kind.is_dir() || (file && raw.ends_with(b"/")) {
+            placer.directory(&name, looks)?;
+        } else if file {
+            return self.file(&name, looks, size, placer);
+        } else if kind.is_symlink() {
+            let target = ahead.target.or_else(|| header.link_name_bytes().map(Into::into));
+            match target.filter(|target| !target.is_empty() && !target.contains(&0)) {
+                Some(target) => placer.link(name, target, looks),
+                None => return Err(damaged(format!("{:?} is a link to nothing", shown(&raw)))),
             }
-            EntryType::Regular | EntryType::Continuous => {
-                return self.file(&name, looks, size, placer);
-            }
-            _ => placer.warn(format!("File ignored: {}", shown(&name))),
+        } else {
+            placer.warn(format!("File ignored: {}", shown(&name)));
         }
         self.pass(size, |_| Ok(()))
     }

@@ -61,10 +61,10 @@ fn damaged(detail: impl Into<String>) -> ArchiveError {
 }
 
 fn torn(error: io::Error) -> ArchiveError {
-    match error.kind() {
-        io::ErrorKind::UnexpectedEof => damaged("it ends too early"),
-        _ => ArchiveError::io("read", "the archive")(error),
+    if error.kind() == io::ErrorKind::UnexpectedEof {
+        return damaged("it ends too early");
     }
+    ArchiveError::io("read", "the archive")(error)
 }
 
 /// Little-endian numbers, one after the other.
@@ -111,9 +111,10 @@ fn directory(file: &File, length: u64) -> Result<Directory, ArchiveError> {
     Part::new(file, from, length).read_to_end(&mut tail).map_err(torn)?;
     let end = tail
         .windows(22)
-        .rposition(|record| {
+        .enumerate()
+        .rposition(|(at, record)| {
             let comment = record.get(20..).map_or(0, |bytes| Fields(bytes).two());
-            record.starts_with(b"PK\x05\x06") && fits(&tail, record, comment)
+            record.starts_with(b"PK\x05\x06") && at + 22 + usize::from(comment) <= tail.len()
         })
         .ok_or_else(|| damaged("it is no zip, or its end is missing"))?;
     let mut fields = Fields(tail.get(end + 4..).unwrap_or_default());
@@ -140,13 +141,6 @@ fn directory(file: &File, length: u64) -> Result<Directory, ArchiveError> {
         return Err(damaged("its directory is too short"));
     }
     Ok(Directory { start, end, count, before })
-}
-
-fn fits(tail: &[u8], record: &[u8], comment: u16) -> bool {
-    // The distance within the same slice, without pointers: what is behind the record must hold the
-    // comment.
-    let behind = tail.len() - (record.as_ptr().addr() - tail.as_ptr().addr()) - record.len();
-    usize::from(comment) <= behind
 }
 
 type Ends = (u64, u64, u64, u64, u64);

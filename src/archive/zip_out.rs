@@ -100,7 +100,7 @@ fn dos_time(mtime: i64) -> (u16, u16) {
     ) else {
         return EARLIEST;
     };
-    (year << 9 | month << 5 | day, hour << 11 | minute << 5 | second / 2)
+    ((year << 9) | (month << 5) | day, (hour << 11) | (minute << 5) | (second / 2))
 }
 
 impl Meta {
