@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd as _;
 
 use camino::Utf8Path;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT};
@@ -138,9 +139,27 @@ impl Placer {
                 return self.refuse(name, error);
             }
         }
+        self.unlock(name);
         self.directories.insert(name.to_vec(), looks);
         self.placed += 1;
         Ok(())
+    }
+
+    /// Lets us write into a directory that an earlier attempt has finished, and so may have locked. What
+    /// goes wrong here is found when something is written there.
+    fn unlock(&mut self, name: &[u8]) {
+        let Ok((parent, base)) = self.beneath.parent(name) else { return };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let Ok(directory) = rustix::fs::openat(parent, base, flags, Mode::empty()) else { return };
+        let Ok(stat) = rustix::fs::fstat(&directory) else { return };
+        if stat.st_mode & 0o700 != 0o700 {
+            // A directory that may not be read can be named through its handle alone.
+            let path = format!("/proc/self/fd/{}", directory.as_raw_fd());
+            let mode = permissions(stat.st_mode | 0o700);
+            if let Err(error) = rustix::fs::chmod(path, mode) {
+                self.warnings.push(format!("{}: {error}", shown(name)));
+            }
+        }
     }
 
     /// Opens a new file; a file or link of this name goes away.

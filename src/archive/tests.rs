@@ -565,6 +565,20 @@ fn rights_of_others_are_not_lent_and_directories_may_be_locked() {
 }
 
 #[test]
+fn an_archive_may_be_unpacked_again() {
+    let bed = rich();
+    for format in [Format::Zip, Format::TarZstd] {
+        let (archive, _) = bed.pack(&bed.all(), format, Level::Default);
+        let there = self::bed();
+        for _ in 0..2 {
+            let unpacked = unpack(&archive, &there.root, &Bounds::default(), &NEVER).unwrap();
+            assert_eq!(unpacked.warnings, [""; 0]);
+            assert_eq!(picture(&there.root), picture(&bed.root));
+        }
+    }
+}
+
+#[test]
 fn special_things_are_left_out() {
     let there = bed();
     let archive = hostile(&[("pipe", "", 0o010_644), ("dev", "", 0o020_644), ("x", "", FILE)]);
