@@ -247,8 +247,7 @@ impl Coder {
         if self.looks_random(data, window)? {
             return Ok(stored(data, job.last));
         }
-        let deflate =
-            self.deflate.get_or_insert_with(|| Compress::new(Compression::new(level), false));
+        let deflate = ready(&mut self.deflate, level, window);
         let coded = run(deflate, data, window, job.last)?;
         // What only grew is kept as it was.
         if coded.len() > data.len() + 5 * data.len().div_ceil(STORED) {
@@ -284,10 +283,26 @@ impl Coder {
         if bits < 7.9 {
             return Ok(false);
         }
-        let trial = self.trial.get_or_insert_with(|| Compress::new(Compression::fast(), false));
+        let trial = ready(&mut self.trial, 1, window);
         let part = data.get(..8 * SAMPLE).unwrap_or(data);
         Ok(run(trial, part, window, true)?.len() * 100 >= part.len() * 98)
     }
+}
+
+/// A compressor that knows nothing of earlier blocks.
+///
+/// Starting one over is cheap, but leaves the bytes of earlier blocks where its window is not filled
+/// yet, and priming looks one byte too far: what comes out would depend on what came before. So a
+/// primed one is always new.
+fn ready<'a>(
+    kept: &'a mut Option<Compress>,
+    level: u32,
+    window: Option<&[u8]>,
+) -> &'a mut Compress {
+    if window.is_some() {
+        *kept = None;
+    }
+    kept.get_or_insert_with(|| Compress::new(Compression::new(level), false))
 }
 
 /// Compresses from a fresh state up to the edge of a byte.
@@ -388,6 +403,57 @@ mod tests {
         for before in [None, Some(text.as_slice())] {
             let job = job(&text, before, true);
             assert_eq!(fresh.code(&job).unwrap(), used.code(&job).unwrap());
+        }
+    }
+
+    /// Records of which half the bytes repeat, as in object files.
+    fn object(length: usize, seed: u64) -> Vec<u8> {
+        let mut noise = noise(length, seed).into_iter();
+        let mut bytes = Vec::new();
+        let mut address = 0x40_0000_u64;
+        while bytes.len() < length {
+            let mut next = || noise.next().unwrap();
+            address += u64::from(next() & 0x3F);
+            bytes.extend_from_slice(&address.to_le_bytes());
+            bytes.extend([next() & 0x0F, next(), next(), next(), 0, 0x48, 0x89, 0xE5]);
+        }
+        bytes.truncate(length);
+        bytes
+    }
+
+    #[test]
+    fn blocks_are_the_same_from_every_thread() {
+        let length = 40 * 1024;
+        let mut datas: Vec<Vec<u8>> = (0..10).map(|seed| object(length, seed)).collect();
+        datas.push("to be or not to be, that is the question ".repeat(1000).into_bytes());
+        for coding in [1, 5, 7, 9].map(Coding::Deflate).into_iter().chain([Coding::Zstd(3)]) {
+            let mut used = Coder::new(coding);
+            for (number, data) in datas.iter().enumerate() {
+                for before in [None, datas.get(number + 1), datas.get(number / 2)] {
+                    for length in [7, 500, data.len()] {
+                        let job = job(&data[..length], before.map(Vec::as_slice), number % 2 == 0);
+                        let mut fresh = Coder::new(coding);
+                        let same = fresh.code(&job).unwrap() == used.code(&job).unwrap();
+                        assert!(same, "{coding:?} {number} {length} {}", before.is_some());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_of_another_block_is_seen_behind_the_window() {
+        // The compressor hashes the window's end together with the byte that happens to lie behind it,
+        // and forgets for it what began with these bytes before.
+        let again = b"XYZ0123456789abcdefghijklmnopq";
+        let window = [&noise(WINDOW, 1), again.as_slice(), &noise(999, 4), b"XYZ"].concat();
+        let data = [b"Q".as_slice(), &noise(999, 2), again, &noise(999, 3)].concat();
+        for level in [1, 5, 7, 9] {
+            let mut used = Coder::new(Coding::Deflate(level));
+            used.code(&job(&b"0".repeat(200_000), None, true)).unwrap();
+            let mut fresh = Coder::new(Coding::Deflate(level));
+            let job = job(&data, Some(&window), true);
+            assert_eq!(fresh.code(&job).unwrap(), used.code(&job).unwrap(), "{level}");
         }
     }
 

@@ -223,6 +223,9 @@ fn against_zip(mib: usize, rounds: usize) {
         let figure =
             format!("{:.0} MB/s, {} MB, {} MiB", mb(time), packed.bytes / 1_000_000, peak_mib());
         verdict(&format!("{format:?} {level:?}"), &figure, true);
+        let again = self::packed(&root, &mut file, format, level).0;
+        let same = again.sha256 == packed.sha256;
+        verdict(&format!("{format:?} {level:?}, the same bytes twice"), "by checksum", same);
         file.rewind().expect("a file");
         let into = dir.path().join("into");
         let begun = Instant::now();
@@ -298,6 +301,9 @@ fn many_files() {
     let mut file = tempfile::tempfile().expect("a file");
     forget_peak();
     let (packed, time) = packed(root, &mut file, Format::Zip, Level::Default);
+    let again = self::packed(root, &mut file, Format::Zip, Level::Default).0;
+    let same = again.sha256 == packed.sha256;
+    verdict("200,000 small files, the same bytes twice", "by checksum", same);
     let figure =
         format!("{:.2} s, {} entries, {} MiB", time.as_secs_f64(), packed.files, peak_mib());
     verdict("200,000 small files packed", &figure, true);
