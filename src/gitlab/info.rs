@@ -18,8 +18,8 @@ const FEATURES: &[(&str, bool)] = &[
     ("image", false),
     ("services", false),
     ("artifacts", false),
-    ("cache", false),
-    ("fallback_cache_keys", false),
+    ("cache", true),
+    ("fallback_cache_keys", true),
     // Several jobs share a machine and its file systems.
     ("shared", true),
     ("upload_multiple_artifacts", false),
@@ -214,8 +214,10 @@ mod tests {
         assert_eq!(
             claimed,
             [
+                "cache",
                 "cancel_gracefully",
                 "cancelable",
+                "fallback_cache_keys",
                 "masking",
                 "multi_build_steps",
                 "raw_variables",

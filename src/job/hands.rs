@@ -4,16 +4,20 @@
 //! a process gets an environment built up from nothing, closed standard input, a process group of its
 //! own that does not outlive it, and a bound on what it may say.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::process::{Pid, Signal};
+use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 
@@ -98,6 +102,19 @@ pub(super) async fn remove(path: &Utf8Path) -> Result<(), HandsError> {
         other => other,
     })
     .await
+}
+
+/// Removes what has this clean name below a directory, unless a link leads there.
+pub(super) async fn remove_within(root: &Utf8Path, name: &str) -> Result<(), HandsError> {
+    let mut path = root.to_owned();
+    let mut parts = name.split('/').peekable();
+    while let Some(part) = parts.next() {
+        path.push(part);
+        if parts.peek().is_some() && !is_dir(&path).await? {
+            return Ok(());
+        }
+    }
+    remove(&path).await
 }
 
 fn remove_now(path: &Utf8Path) -> io::Result<()> {
@@ -195,6 +212,107 @@ pub(super) struct Call {
     pub(super) dir: Utf8PathBuf,
     /// A file to read from.
     pub(super) input: Option<Utf8PathBuf>,
+}
+
+/// Runs a process to its end, keeps up to `most` bytes of what it writes, and passes on what it complains
+/// about. Gives its exit code as [`run`] does.
+///
+/// Dropping the future kills the process and its group.
+pub(super) async fn capture(
+    call: Call,
+    into: &mut Vec<u8>,
+    most: usize,
+    out: &mut (dyn Output + Send),
+) -> Result<i32, HandsError> {
+    let program = call.program;
+    let failed = |source| HandsError { action: "run", subject: program.to_owned(), source };
+    let mut child = tokio::process::Command::new(program)
+        .args(&call.args)
+        .env_clear()
+        .envs(INHERITED.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
+        .envs(call.env.iter().map(|(name, value)| (name, value.expose())))
+        .current_dir(&call.dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(failed)?;
+    let group = Group::of(&child);
+    let (Some(mut output), Some(mut errors)) = (child.stdout.take(), child.stderr.take()) else {
+        return Err(failed(io::Error::other("no pipes")));
+    };
+    let mut complaints = Vec::new();
+    // Both to their ends: a process that nobody listens to would wait for ever.
+    let (kept, heard) =
+        tokio::join!(keep(&mut output, into, most), keep(&mut errors, &mut complaints, LOUDEST));
+    kept.and(heard).map_err(failed)?;
+    let status = child.wait().await.map_err(failed)?;
+    drop(group);
+    if !complaints.is_empty() {
+        out.bytes(&complaints);
+    }
+    Ok(exit_code(status))
+}
+
+/// Reads to the end and keeps the beginning.
+async fn keep(
+    from: &mut (impl tokio::io::AsyncRead + Unpin),
+    into: &mut Vec<u8>,
+    most: usize,
+) -> io::Result<()> {
+    let mut buffer = vec![0_u8; 64 * 1024];
+    loop {
+        let len = from.read(&mut buffer).await?;
+        if len == 0 {
+            return Ok(());
+        }
+        let room = most.saturating_sub(into.len());
+        into.extend_from_slice(buffer.get(..len.min(room)).unwrap_or_default());
+    }
+}
+
+/// What files were like when they were looked at.
+#[derive(Debug, Default)]
+pub(super) struct Looked {
+    /// The time of the newest file; directories and links have none that counts.
+    pub(super) newest: Option<SystemTime>,
+    /// Names, sizes, modes and targets, digested.
+    pub(super) digest: String,
+}
+
+/// Looks at files below a directory; what is gone by then is not there. It blocks.
+pub(super) fn look_at<'a>(
+    root: &Utf8Path,
+    names: impl Iterator<Item = &'a [u8]>,
+    stop: &AtomicBool,
+) -> io::Result<Looked> {
+    let mut newest = None;
+    let mut digest = Sha256::new();
+    for name in names {
+        if stop.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let path = root.as_std_path().join(OsStr::from_bytes(name));
+        let status = match fs::symlink_metadata(&path) {
+            Ok(status) => status,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        let mode = status.permissions().mode();
+        let size = if status.is_file() { status.len() } else { 0 };
+        digest.update(name);
+        digest.update(format!("\0{mode:o} {size}\0"));
+        if status.is_symlink() {
+            digest.update(fs::read_link(&path)?.as_os_str().as_bytes());
+        }
+        if status.is_file() {
+            newest = newest.max(Some(status.modified()?));
+        }
+    }
+    let digest = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(Looked { newest, digest })
 }
 
 /// Runs a process to its end and gives its exit code; a signal counts as 128 and its number.

@@ -23,12 +23,14 @@
 //! nowhere else: not in `.git/config`, not in an argument list. [`MaskInputs`] names everything that
 //! must not be seen in the trace.
 
+mod cache;
 mod hands;
 mod paths;
 mod resources;
 mod script;
 mod settings;
 mod sources;
+mod untracked;
 mod variables;
 
 use std::collections::BTreeMap;
@@ -39,6 +41,7 @@ use bridge_backend::{EnvVar, JobSpec, Limits};
 use camino::{Utf8Path, Utf8PathBuf};
 use url::Url;
 
+pub use self::cache::Ended;
 pub use self::settings::{GitStrategy, Settings};
 pub use self::sources::{Output, StageError, Tone};
 
@@ -224,6 +227,7 @@ pub struct Plan {
     repository: Option<Repository>,
     hooks: sources::Hooks,
     get_sources_timeout: Duration,
+    caches: cache::Caches,
     runner: RunnerContext,
 }
 
@@ -269,6 +273,8 @@ pub fn plan(payload: &JobPayload, runner: &RunnerContext, slot: Slot) -> Result<
     let mut warnings = std::mem::take(&mut environment.warnings);
     warnings.extend(complaints);
     warnings.extend(left_out(payload, &variables));
+    let (caches, complaints) = cache::Caches::of(payload, runner, &settings, &variables);
+    warnings.extend(complaints);
     let repository = if settings.git_strategy.uses_git() {
         Some(Repository::of(payload, runner, &settings, &variables)?)
     } else {
@@ -299,6 +305,7 @@ pub fn plan(payload: &JobPayload, runner: &RunnerContext, slot: Slot) -> Result<
         files: environment.files,
         repository,
         hooks: sources::Hooks::of(payload, runner),
+        caches,
         get_sources_timeout: runner
             .get_sources_timeout
             .filter(|limit| !limit.is_zero())
@@ -358,7 +365,6 @@ fn left_out(payload: &JobPayload, variables: &Variables) -> Option<String> {
         ("image", payload.image.as_ref().is_some_and(|image| !image.name.is_empty())),
         ("services", !payload.services.is_empty()),
         ("submodules", submodules),
-        ("cache", !payload.cache.is_empty()),
         (
             "artifacts of earlier jobs",
             payload.dependencies.iter().any(|dependency| dependency.artifacts_file.is_some()),

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 /// What each module of the crate may use, besides itself.
 const EDGES: &[(&str, &[&str])] = &[
     ("agent", &["domain", "gitlab", "reconcile", "store", "telemetry"]),
+    ("cache", &["domain"]),
     (
         "cli",
         &[
@@ -25,12 +26,13 @@ const EDGES: &[(&str, &[&str])] = &[
             "trace",
         ],
     ),
-    ("config", &["domain", "gitlab", "telemetry"]),
+    ("config", &["cache", "domain", "gitlab", "telemetry"]),
     ("coordinator", &[]),
     (
         "daemon",
         &[
             "agent",
+            "cache",
             "config",
             "domain",
             "gitlab",
@@ -44,9 +46,9 @@ const EDGES: &[(&str, &[&str])] = &[
     ("domain", &[]),
     ("gitlab", &["domain"]),
     ("http", &["config", "telemetry"]),
-    ("job", &["domain", "gitlab"]),
+    ("job", &["archive", "cache", "domain", "gitlab"]),
     ("pipeline", &[]),
-    ("reconcile", &["domain", "gitlab", "job", "store", "telemetry", "trace"]),
+    ("reconcile", &["cache", "domain", "gitlab", "job", "store", "telemetry", "trace"]),
     ("registry", &["config", "domain"]),
     ("store", &["domain", "gitlab"]),
     ("telemetry", &[]),
@@ -57,7 +59,7 @@ const EDGES: &[(&str, &[&str])] = &[
 const PLACES: &[(&str, &[&str])] = &[
     ("sqlx::", &["src/store"]),
     ("println!", &["src/cli/output.rs"]),
-    ("reqwest::", &["src/gitlab"]),
+    ("reqwest::", &["src/cache/s3", "src/gitlab"]),
     ("axum::", &["src/http.rs", "src/coordinator"]),
 ];
 
