@@ -8,11 +8,13 @@ use std::path::{Path, PathBuf};
 /// What each module of the crate may use, besides itself.
 const EDGES: &[(&str, &[&str])] = &[
     ("agent", &["domain", "gitlab", "reconcile", "store", "telemetry"]),
+    ("archive", &[]),
     ("cache", &["domain"]),
     (
         "cli",
         &[
             "agent",
+            "archive",
             "config",
             "coordinator",
             "daemon",
