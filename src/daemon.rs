@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::agent::{Agent, AgentSettings, Conditions, Reservations, Shared};
+use crate::cache::{CacheError, CacheStore};
 use crate::config::{BackendEntry, Config, Runner};
 use crate::domain::clock::{Clock, SystemClock};
 use crate::domain::id::{BackendName, JobId, RunnerName};
@@ -51,6 +52,14 @@ pub enum StartError {
     /// The database does not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// A runner's caches cannot be used as they are configured.
+    #[error("open the caches of the runner {runner}")]
+    Cache {
+        /// The runner.
+        runner: RunnerName,
+        /// Why not.
+        source: CacheError,
+    },
     /// A backend does not open.
     #[error("open the backend {name}")]
     Backend {
@@ -228,6 +237,7 @@ fn assemble(
                 client: client.clone(),
                 info: info.clone(),
                 context: context(config, runner, &system_id),
+                caches: Arc::new(caches(config, runner)?),
                 hostname: hostname(),
                 output_limit: runner.output_limit,
                 deadline_reserve: runner.deadline_reserve,
@@ -253,6 +263,20 @@ fn assemble(
         agents.push((settings, client, info));
     }
     Ok(Assembled { world, agents, backends })
+}
+
+/// Opens the caches of a runner. Where runners of several servers share a directory, each server has
+/// one of its own in it: the paths of projects are unique within a server alone.
+fn caches(config: &Config, runner: &Runner) -> Result<CacheStore, StartError> {
+    let mut dir = config.cache_dir(runner);
+    let shared = |other: &&Runner| config.cache_dir(other) == dir && other.url != runner.url;
+    if config.runners.iter().any(|other| shared(&other)) {
+        let server = ci_url(runner);
+        let server = server.split_once("://").map_or(server.as_str(), |(_, rest)| rest);
+        dir.push(server.replace('/', "_"));
+    }
+    CacheStore::open(&dir, &runner.cache, Arc::new(SystemClock))
+        .map_err(|source| StartError::Cache { runner: runner.name.clone(), source })
 }
 
 fn context(config: &Config, runner: &Runner, system_id: &str) -> RunnerContext {

@@ -201,8 +201,25 @@ mod tests {
     #[test]
     fn keys_of_which_nothing_is_left_are_none() {
         for raw in [
-            "", "\\", "\\.", "/", " ", ".", "..", " / ", "//", "//\\", "../.", "foo/bar/../..",
-            "foo\\bar\\..\\..", " \t\r\n", "%2E", "%2E%2E", "%2e%2E", ".%2E", "%2e.",
+            "",
+            "\\",
+            "\\.",
+            "/",
+            " ",
+            ".",
+            "..",
+            " / ",
+            "//",
+            "//\\",
+            "../.",
+            "foo/bar/../..",
+            "foo\\bar\\..\\..",
+            " \t\r\n",
+            "%2E",
+            "%2E%2E",
+            "%2e%2E",
+            ".%2E",
+            "%2e.",
         ] {
             assert_eq!(path(raw), None, "{raw:?}");
         }
@@ -249,7 +266,8 @@ mod tests {
         ] {
             assert!(!Key::sanitized(raw).unwrap().may_be_named_by_a_job(), "{raw:?}");
         }
-        for raw in ["main", "main-non_protected", "main-protected/x", "protected", &"0".repeat(63)] {
+        for raw in ["main", "main-non_protected", "main-protected/x", "protected", &"0".repeat(63)]
+        {
             assert!(Key::sanitized(raw).unwrap().may_be_named_by_a_job(), "{raw:?}");
         }
         assert!(!Key::hashed("main-protected").unwrap().may_be_named_by_a_job());

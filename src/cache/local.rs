@@ -181,7 +181,9 @@ impl Local {
     /// Makes a file in the directory of a key.
     pub(super) fn draft(&self, project: &Project, key: &Key) -> Result<Draft, CacheError> {
         let dir = self.dir(project, key);
-        with_dir(&dir, || temporary(&dir)).map(|file| Draft { file }).map_err(at_utf8("write in", &dir))
+        with_dir(&dir, || temporary(&dir))
+            .map(|file| Draft { file })
+            .map_err(at_utf8("write in", &dir))
     }
 
     /// Gives an archive its name; the one that had it before is gone then.
@@ -255,7 +257,8 @@ impl Local {
             }
         }
         found.sort_by(|a, b| a.used.cmp(&b.used).then_with(|| a.dir.cmp(&b.dir)));
-        let mut swept = Swept { left: found.iter().map(|cache| cache.bytes).sum(), ..Swept::default() };
+        let mut swept =
+            Swept { left: found.iter().map(|cache| cache.bytes).sum(), ..Swept::default() };
         for cache in found {
             let age = now.duration_since(cache.used).unwrap_or_default();
             let too_old = self.max_age.is_some_and(|most| age > most);
@@ -351,11 +354,8 @@ fn remove(cache: &Found, root: &Utf8Path) -> bool {
 fn with_dir<T>(dir: &Utf8Path, work: impl Fn() -> io::Result<T>) -> io::Result<T> {
     let mut attempt = 1;
     loop {
-        let result = fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .and_then(|()| work());
+        let result =
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).and_then(|()| work());
         match result {
             Err(error) if error.kind() == io::ErrorKind::NotFound && attempt < ATTEMPTS => {
                 attempt += 1;

@@ -189,6 +189,7 @@ fn refuse(error: StartError) -> Failure {
         | StartError::StillOwed { .. }
         | StartError::NeedsRestart(_)
         | StartError::Client { .. }
+        | StartError::Cache { .. }
         | StartError::Lock(LockError::Network { .. }) => Exit::Configuration,
         StartError::Lock(LockError::Io { .. })
         | StartError::Open(_)
@@ -224,6 +225,7 @@ fn hint(error: &StartError) -> Option<&'static str> {
         | StartError::Store(_)
         | StartError::Backend { .. }
         | StartError::Client { .. }
+        | StartError::Cache { .. }
         | StartError::Identity(_)
         | StartError::Directory { .. }
         | StartError::StillOwed { .. }

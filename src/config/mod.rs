@@ -8,6 +8,7 @@
 //!
 //! It must not know what a backend's own keys mean: a backend's table is handed on untouched.
 
+mod cache;
 mod error;
 mod file;
 mod resolve;
@@ -26,6 +27,7 @@ use url::Url;
 pub use self::error::{ConfigError, Problem};
 pub use self::file::duration_in_words;
 pub(crate) use self::file::nearest;
+use crate::cache::CacheSettings;
 use crate::domain::id::{BackendName, RunnerName};
 use crate::gitlab::wire::Secret;
 pub use crate::telemetry::LogFormat;
@@ -118,6 +120,8 @@ pub struct Runner {
     pub builds_dir: Option<Utf8PathBuf>,
     /// `cache_dir`: below which caches are kept.
     pub cache_dir: Option<Utf8PathBuf>,
+    /// `[runners.cache]`: a bucket behind that directory, and how much may be in it for how long.
+    pub cache: CacheSettings,
     /// `environment`: variables for every job, in order; a job's own variables win.
     pub environment: Vec<(String, String)>,
     /// `output_limit`, in bytes (KiB in the file): a longer trace is cut in its middle.

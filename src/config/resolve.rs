@@ -44,7 +44,7 @@ const LOG_LEVELS: [&str; 5] = ["trace", "debug", "info", "warn", "error"];
 
 /// Whether a bare integer is a duration in seconds.
 #[derive(Clone, Copy)]
-enum Bare {
+pub(super) enum Bare {
     /// As in gitlab-runner's file; zero means the default there.
     Seconds,
     /// Keys of our own: 30 could be anything.
@@ -63,8 +63,8 @@ pub(super) fn resolve(source: &ConfigText) -> Result<Config, ConfigError> {
 }
 
 /// Knows where the file is and where in it something stands.
-struct Place<'a> {
-    source: &'a ConfigText,
+pub(super) struct Place<'a> {
+    pub(super) source: &'a ConfigText,
     dir: &'a Utf8Path,
 }
 
@@ -77,11 +77,16 @@ impl<'a> Place<'a> {
         1 + self.source.text.bytes().take(at).filter(|byte| *byte == b'\n').count()
     }
 
-    fn at(&self, at: usize, problem: Problem) -> ConfigError {
+    pub(super) fn at(&self, at: usize, problem: Problem) -> ConfigError {
         ConfigError::at(&self.source.path, self.line(at), problem)
     }
 
-    fn value(&self, span: &Range<usize>, key: &'static str, why: impl Into<String>) -> ConfigError {
+    pub(super) fn value(
+        &self,
+        span: &Range<usize>,
+        key: &'static str,
+        why: impl Into<String>,
+    ) -> ConfigError {
         self.at(span.start, Problem::Value { key, why: why.into() })
     }
 
@@ -234,6 +239,7 @@ impl<'a> Place<'a> {
             strict_check_interval: table.strict_check_interval.unwrap_or(false),
             builds_dir: path("builds_dir", table.builds_dir)?,
             cache_dir: path("cache_dir", table.cache_dir)?,
+            cache: table.cache.map(|table| self.cache(table)).transpose()?.unwrap_or_default(),
             environment: self.environment(table.environment)?,
             output_limit: above_zero(table.output_limit, OUTPUT_LIMIT_KIB).saturating_mul(1024),
             tls_ca_file: path("tls_ca_file", table.tls_ca_file)?,
@@ -303,7 +309,11 @@ impl<'a> Place<'a> {
     }
 
     /// Resolves a path against the directory of the file.
-    fn path(&self, key: &'static str, text: &Spanned<String>) -> Result<Utf8PathBuf, ConfigError> {
+    pub(super) fn path(
+        &self,
+        key: &'static str,
+        text: &Spanned<String>,
+    ) -> Result<Utf8PathBuf, ConfigError> {
         let written = text.get_ref();
         let why = if written.is_empty() {
             "is empty"
@@ -339,7 +349,7 @@ impl<'a> Place<'a> {
     }
 
     /// Reads a duration; `None` where it is absent, or zero in the manner of gitlab-runner.
-    fn duration(
+    pub(super) fn duration(
         &self,
         key: &'static str,
         text: Option<&Spanned<DurationText>>,

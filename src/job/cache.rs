@@ -457,10 +457,9 @@ impl Plan {
     async fn extract(&self, archive: Archive, out: &mut (dyn Output + Send)) -> Result<(), String> {
         hands::make_dir(&self.project_dir).await.map_err(|error| error.to_string())?;
         let into = self.project_dir.clone();
-        let unpacked = blocking(move |stop| {
-            archive::unpack(&archive.file, &into, &Bounds::default(), stop)
-        })
-        .await?;
+        let unpacked =
+            blocking(move |stop| archive::unpack(&archive.file, &into, &Bounds::default(), stop))
+                .await?;
         for text in &unpacked.warnings {
             out.remark(Tone::Warning, &shown(text));
         }
@@ -519,10 +518,9 @@ impl Plan {
         let mut into = draft.writer().map_err(|error| chain(&error))?;
         let root = self.project_dir.clone();
         let (format, level) = (self.caches.format, self.caches.level);
-        let packed = blocking(move |stop| {
-            archive::pack(&root, &selection, format, level, &mut into, stop)
-        })
-        .await?;
+        let packed =
+            blocking(move |stop| archive::pack(&root, &selection, format, level, &mut into, stop))
+                .await?;
         for text in &packed.warnings {
             out.remark(Tone::Warning, &shown(text));
         }
@@ -557,20 +555,21 @@ impl Plan {
             }
         }
         let root = self.project_dir.clone();
-        let (selection, looked) = blocking(move |stop| {
-            let selection = archive::select(&root, &wanted, stop)?;
-            let names = selection.entries.iter().map(|entry| entry.name.as_slice());
-            let looked = hands::look_at(&root, names, stop).map_err(|source| ArchiveError::Io {
-                action: "look at",
-                path: root.to_string(),
-                source,
-            })?;
-            Ok((selection, looked))
-        })
-        .await?;
+        let (selection, looked) =
+            blocking(move |stop| {
+                let selection = archive::select(&root, &wanted, stop)?;
+                let names = selection.entries.iter().map(|entry| entry.name.as_slice());
+                let looked = hands::look_at(&root, names, stop).map_err(|source| {
+                    ArchiveError::Io { action: "look at", path: root.to_string(), source }
+                })?;
+                Ok((selection, looked))
+            })
+            .await?;
         for (pattern, count) in &selection.found {
-            let text =
-                format!("{}: found {count} matching artifact files and directories", shown(pattern));
+            let text = format!(
+                "{}: found {count} matching artifact files and directories",
+                shown(pattern)
+            );
             out.remark(Tone::Notice, &text);
         }
         for text in &selection.warnings {

@@ -33,6 +33,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::cache::CacheStore;
 use crate::domain::clock::Clock;
 use crate::domain::id::{BackendName, JobId, RunnerName};
 use crate::domain::job::JobState;
@@ -54,6 +55,8 @@ pub struct RunnerEntry {
     pub info: gitlab::Info,
     /// What jobs are made ready with.
     pub context: job::RunnerContext,
+    /// Where their caches are.
+    pub caches: Arc<CacheStore>,
     /// The submit node's name, for the trace.
     pub hostname: String,
     /// The most bytes of trace a job may have.

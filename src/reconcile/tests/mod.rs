@@ -17,6 +17,7 @@ use bridge_backend::fake::{FakeOptions, FakeWorld};
 use camino::Utf8Path;
 
 use super::*;
+use crate::cache::{CacheSettings, CacheStore};
 use crate::coordinator::{Coordinator, JobView, NewJob, Options, RunnerOptions, Variable};
 use crate::domain::clock::ManualClock;
 use crate::domain::id::CiJobId;
@@ -182,6 +183,14 @@ impl Scene {
             client: client.clone(),
             info,
             context: self.context(),
+            caches: Arc::new(
+                CacheStore::open(
+                    &self.path("cache"),
+                    &CacheSettings::default(),
+                    Arc::new(self.clock.clone()),
+                )
+                .unwrap(),
+            ),
             hostname: "submit-node".into(),
             output_limit: self.tuning.output_limit,
             deadline_reserve: Duration::from_secs(60),

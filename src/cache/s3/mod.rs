@@ -307,7 +307,8 @@ impl S3 {
         limit: Duration,
         voice: &mut (dyn Voice + Send),
     ) -> Result<Fetched, S3Error> {
-        let url = self.signed(GetObject::new(&self.bucket, Some(&self.credentials), object), now, limit);
+        let url =
+            self.signed(GetObject::new(&self.bucket, Some(&self.credentials), object), now, limit);
         let shown = without_query(&url);
         let mut request = self.http.get(url);
         if let Some(etag) = known {
