@@ -107,18 +107,15 @@ fn sanitize(raw: &str) -> Option<String> {
     for (encoded, plain) in [("%2f", "/"), ("%2F", "/"), ("%2e", "."), ("%2E", ".")] {
         decoded = decoded.replace(encoded, plain);
     }
-    let cleaned = clean(&decoded);
-    let mut rest = cleaned.as_str();
+    let mut path = clean(&decoded);
     loop {
-        let trimmed = rest.trim_end();
-        if trimmed.is_empty() {
-            return None;
+        // A last segment of blanks goes with its separator; one of dots and blanks would become one
+        // that climbs.
+        let shorter = clean(path.trim_end());
+        if shorter == path {
+            return (!path.is_empty()).then_some(path);
         }
-        // A last segment of blanks only is dropped with its separator.
-        match trimmed.strip_suffix('/') {
-            Some(shorter) => rest = shorter,
-            None => return Some(trimmed.to_owned()),
-        }
+        path = shorter;
     }
 }
 
@@ -201,6 +198,9 @@ mod tests {
     #[test]
     fn keys_of_which_nothing_is_left_are_none() {
         for raw in [
+            "..\t",
+            "a/../.. ",
+            ". ",
             "",
             "\\",
             "\\.",

@@ -307,8 +307,7 @@ impl S3 {
         limit: Duration,
         voice: &mut (dyn Voice + Send),
     ) -> Result<Fetched, S3Error> {
-        let url =
-            self.signed(GetObject::new(&self.bucket, Some(&self.credentials), object), now, limit);
+        let url = self.get_url(object, now, limit);
         let shown = without_query(&url);
         let mut request = self.http.get(url);
         if let Some(etag) = known {
@@ -417,6 +416,11 @@ impl S3 {
         voice.warning(&format!("{}; attempt {attempt} of {ATTEMPTS}", super::chain(&error)));
         tokio::time::sleep(self.tuning.pause).await;
         Ok(())
+    }
+
+    /// Gives the address that an object can be had from.
+    pub(super) fn get_url(&self, object: &str, now: Timestamp, limit: Duration) -> Url {
+        self.signed(GetObject::new(&self.bucket, Some(&self.credentials), object), now, limit)
     }
 
     fn signed<'a>(&self, action: impl S3Action<'a>, now: Timestamp, limit: Duration) -> Url {

@@ -17,7 +17,7 @@ use bridge_backend::fake::{FakeOptions, FakeWorld};
 use camino::Utf8Path;
 
 use super::*;
-use crate::cache::{CacheSettings, CacheStore};
+use crate::cache::CacheSettings;
 use crate::coordinator::{Coordinator, JobView, NewJob, Options, RunnerOptions, Variable};
 use crate::domain::clock::ManualClock;
 use crate::domain::id::CiJobId;
