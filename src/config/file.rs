@@ -268,10 +268,8 @@ fn unknown_in_cache(runner: &DeTable<'_>) -> Vec<Unknown> {
 
 fn table_in<'a, 'i>(table: &'a DeTable<'i>, name: &str) -> Option<&'a DeTable<'i>> {
     let (_key, value) = table.iter().find(|(key, _value)| key.get_ref() == name)?;
-    match value.get_ref() {
-        DeValue::Table(table) => Some(table),
-        _ => None,
-    }
+    let DeValue::Table(table) = value.get_ref() else { return None };
+    Some(table)
 }
 
 fn unknown_in(

@@ -319,14 +319,14 @@ impl S3 {
             response if response.status() == StatusCode::NOT_MODIFIED => {
                 return Ok(Fetched::NotModified);
             }
-            // Also for a bucket that is not there: that must be said.
             response if response.status() == StatusCode::NOT_FOUND => {
-                return match answer::refusal(method, url, response, now).await {
-                    S3Error::Refused { code, .. } if !code.contains("NoSuchBucket") => {
-                        Ok(Fetched::Missing)
-                    }
-                    error => Err(error),
-                };
+                let error = answer::refusal(method, url, response, now).await;
+                // A bucket that is not there is more than an object that is not.
+                let no_object = matches!(
+                    &error,
+                    S3Error::Refused { code, .. } if !code.contains("NoSuchBucket")
+                );
+                return if no_object { Ok(Fetched::Missing) } else { Err(error) };
             }
             response if response.status() == StatusCode::OK => response,
             response => return Err(answer::refusal(method, url, response, now).await),
@@ -391,7 +391,7 @@ impl S3 {
         limit: Duration,
     ) -> Result<Option<HeaderMap>, S3Error> {
         let action = HeadObject::new(&self.bucket, Some(&self.credentials), object);
-        let url = self.signed(action, now, limit);
+        let url = self.signed(&action, now, limit);
         let (method, shown) = ("HEAD", without_query(&url));
         let call = Call { method, url: shown.clone(), request: self.http.head(url) };
         let response = send(call).await?;
@@ -420,10 +420,11 @@ impl S3 {
 
     /// Gives the address that an object can be had from.
     pub(super) fn get_url(&self, object: &str, now: Timestamp, limit: Duration) -> Url {
-        self.signed(GetObject::new(&self.bucket, Some(&self.credentials), object), now, limit)
+        let action = GetObject::new(&self.bucket, Some(&self.credentials), object);
+        self.signed(&action, now, limit)
     }
 
-    fn signed<'a>(&self, action: impl S3Action<'a>, now: Timestamp, limit: Duration) -> Url {
+    fn signed<'a>(&self, action: &impl S3Action<'a>, now: Timestamp, limit: Duration) -> Url {
         let holds = limit.clamp(Duration::from_secs(60), LONGEST_SIGNATURE);
         action.sign_with_time(holds, &now)
     }

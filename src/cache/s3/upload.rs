@@ -11,8 +11,8 @@ use futures_util::stream;
 use reqwest::Body;
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG};
 use rusty_s3::actions::{
-    AbortMultipartUpload, CompleteMultipartUpload, CreateMultipartUpload, PutObject, S3Action,
-    UploadPart,
+    AbortMultipartUpload, CompleteMultipartUpload, CreateMultipartUpload, PutObject,
+    S3Action as _, UploadPart,
 };
 
 use super::super::local::Meta;
@@ -113,7 +113,7 @@ impl Upload<'_> {
         for (name, value) in headers {
             action.headers_mut().insert(*name, value.as_str());
         }
-        let url = s3.signed(action, now, self.limit);
+        let url = s3.signed(&action, now, self.limit);
         let shown = without_query(&url);
         let mut request = s3.http.put(url).header(CONTENT_TYPE, "application/octet-stream");
         for (name, value) in headers {
@@ -143,7 +143,7 @@ impl Upload<'_> {
             for (name, value) in headers {
                 action.headers_mut().insert(*name, value.as_str());
             }
-            let url = s3.signed(action, now, self.limit);
+            let url = s3.signed(&action, now, self.limit);
             let shown = without_query(&url);
             let mut request = s3.http.post(url).header(CONTENT_LENGTH, 0);
             for (name, value) in headers {
@@ -197,7 +197,7 @@ impl Upload<'_> {
         let s3 = self.s3;
         let now = self.clock.now();
         let action = UploadPart::new(&s3.bucket, Some(&s3.credentials), self.object, number, id);
-        let url = s3.signed(action, now, self.limit);
+        let url = s3.signed(&action, now, self.limit);
         let shown = without_query(&url);
         let request = s3
             .http
@@ -220,7 +220,7 @@ impl Upload<'_> {
             let credentials = Some(&s3.credentials);
             CompleteMultipartUpload::new(&s3.bucket, credentials, self.object, id, names())
         };
-        let url = s3.signed(make(), now, self.limit);
+        let url = s3.signed(&make(), now, self.limit);
         let shown = without_query(&url);
         let request = s3.http.post(url).body(make().body());
         let (url, document) = self.document("POST", shown, request, now).await?;
@@ -237,7 +237,7 @@ impl Upload<'_> {
         let s3 = self.s3;
         let now = self.clock.now();
         let action = AbortMultipartUpload::new(&s3.bucket, Some(&s3.credentials), self.object, id);
-        let url = s3.signed(action, now, self.limit);
+        let url = s3.signed(&action, now, self.limit);
         let shown = without_query(&url);
         let call = Call { method: "DELETE", url: shown.clone(), request: s3.http.delete(url) };
         let response = send(call).await?;
