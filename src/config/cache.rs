@@ -274,7 +274,131 @@ fn size_in_words(text: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::check_text;
     use super::*;
+    use secrecy::ExposeSecret as _;
+
+    const S3: &str = "Type = \"s3\"\n[runners.cache.s3]\nBucketName = \"b\"\n\
+                      AccessKey = \"AKID\"\nSecretKey = \"hush\"\n";
+
+    fn read_with(cache: &str, mode: u32) -> Result<CacheSettings, String> {
+        let text = format!(
+            "[backends.b]\nkind = \"local\"\n[[runners]]\nname = \"r\"\nurl = \"https://g.example.org\"\n\
+             token_file = \"token\"\nbackend = \"b\"\n[runners.cache]\n{cache}"
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let path = camino::Utf8Path::from_path(dir.path()).unwrap().join("config.toml");
+        for name in ["token", "key"] {
+            let path = path.with_file_name(name);
+            std::fs::write(&path, format!("the-{name}\n")).unwrap();
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+            std::fs::set_permissions(&path, mode).unwrap();
+        }
+        let config = check_text(&path, text, mode)
+            .map_err(|error| error.problem().to_string().replace(path.as_str(), "FILE"))?;
+        Ok(config.runners.into_iter().next().unwrap().cache)
+    }
+
+    fn read(cache: &str) -> Result<CacheSettings, String> {
+        read_with(cache, 0o600)
+    }
+
+    #[test]
+    fn a_local_cache_has_limits() {
+        let settings = read("quota = \"50 GiB\"\nmax_age = \"30 days\"\nType = \"local\"").unwrap();
+        assert_eq!(settings.quota, Some(50 << 30));
+        assert_eq!(settings.max_age, Some(std::time::Duration::from_secs(30 * 86_400)));
+        assert!(settings.s3.is_none());
+        assert_eq!(read("quota = 1000").unwrap().quota, Some(1000));
+        assert_eq!(read("").unwrap().quota, None);
+    }
+
+    #[test]
+    fn a_bucket_is_described_by_the_official_keys() {
+        let text = "Type = \"s3\"\nPath = \"ci\"\nShared = true\nMaxUploadedArchiveSize = 5\n\
+                    [runners.cache.s3]\nServerAddress = \"s3.example.org:9000\"\nAccessKey = \"AKID\"\n\
+                    SecretKeyFile = \"key\"\nSessionToken = \"st\"\nBucketName = \"b.c\"\n\
+                    BucketLocation = \"eu\"\nInsecure = true\nAuthenticationType = \"access-key\"\n\
+                    ServerSideEncryption = \"kms\"\nServerSideEncryptionKeyID = \"k\"\n";
+        let settings = read(text).unwrap();
+        assert_eq!(settings.max_uploaded, Some(5));
+        let s3 = settings.s3.unwrap();
+        assert_eq!(s3.endpoint.as_str(), "http://s3.example.org:9000/");
+        assert_eq!(
+            (s3.bucket.as_str(), s3.region.as_str(), s3.prefix.as_str()),
+            ("b.c", "eu", "ci")
+        );
+        assert!(s3.shared && s3.path_style);
+        assert_eq!(s3.secret_key.expose_secret(), "the-key");
+        assert_eq!(s3.session_token.unwrap().expose_secret(), "st");
+        assert_eq!(s3.encryption, Some(Encryption::Kms { key: Some("k".into()), dual: false }));
+
+        let s3 = read(S3).unwrap().s3.unwrap();
+        assert_eq!(s3.endpoint.as_str(), "https://s3.dualstack.us-east-1.amazonaws.com/");
+        assert!(!s3.path_style && !s3.shared);
+        let plain =
+            format!("{S3}DualStack = false\nBucketLocation = \"eu-west-1\"\nPathStyle = true\n");
+        let s3 = read(&plain).unwrap().s3.unwrap();
+        assert_eq!(s3.endpoint.as_str(), "https://s3.eu-west-1.amazonaws.com/");
+        assert!(s3.path_style);
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_named() {
+        let in_s3 = |line: &str| format!("{S3}{line}\n");
+        for (text, expected) in [
+            (
+                "Type = \"gcs\"".to_owned(),
+                "`Type` \"gcs\" is not supported yet; supported: \"local\", \"s3\"",
+            ),
+            ("Type = \"azure\"".into(), "not supported yet"),
+            ("Type = \"ftp\"".into(), "must be \"local\" or \"s3\", not \"ftp\""),
+            ("Type = \"s3\"".into(), "needs [runners.cache.s3]"),
+            (
+                "[runners.cache.gcs]".into(),
+                "unknown key `gcs` in [runners.cache] (not supported yet; supported: local, s3)",
+            ),
+            (
+                "ServerAddress = \"x\"".into(),
+                "unknown key `ServerAddress` in [runners.cache]; it belongs in [runners.cache.s3]",
+            ),
+            ("S3CachePath = \"x\"".into(), "(its name is `Path` now)"),
+            ("CacheShared = true".into(), "(its name is `Shared` now)"),
+            ("type = \"s3\"".into(), "did you mean `Type`?"),
+            ("quotas = 1".into(), "did you mean `quota`?"),
+            ("quota = \"lots\"".into(), "`quota` must be a number of bytes above 0"),
+            ("quota = 0".into(), "`quota` must be"),
+            (
+                in_s3("BucketNam = \"x\""),
+                "unknown key `BucketNam` in [runners.cache.s3]; did you mean `BucketName`?",
+            ),
+            (
+                in_s3("Shared = true"),
+                "unknown key `Shared` in [runners.cache.s3]; it belongs in [runners.cache]",
+            ),
+            (in_s3("RoleARN = \"x\""), "roles are not supported"),
+            (
+                in_s3("AuthenticationType = \"iam\""),
+                "`AuthenticationType` \"iam\" is not supported; supported: \"access-key\"",
+            ),
+            (in_s3("SecretKeyFile = \"key\""), "`SecretKey` and `SecretKeyFile` are both there"),
+            (in_s3("ServerAddress = \"https://x\""), "without a scheme"),
+            (in_s3("ServerAddress = \"x/y\""), "must be HOST or HOST:PORT"),
+            (in_s3("ServerSideEncryption = \"rot13\""), "must be \"S3\", \"KMS\" or \"DSSE-KMS\""),
+            (S3.replace("SecretKey = \"hush\"\n", ""), "`SecretKeyFile` is missing"),
+            (S3.replace("BucketName = \"b\"\n", ""), "`BucketName` is missing"),
+            (S3.replace("Type = \"s3\"\n", ""), "must be \"s3\" for [runners.cache.s3] to count"),
+        ] {
+            let error = read(&text).unwrap_err();
+            assert!(error.contains(expected), "{text}: {error}");
+            assert!(!error.contains("hush"), "{error}");
+        }
+        let error = read_with(S3, 0o644).unwrap_err();
+        assert!(
+            error.contains("(mode 0644); run chmod 600 FILE, or write `AccessKeyFile`"),
+            "{error}"
+        );
+    }
 
     #[test]
     fn sizes_are_read_in_words() {

@@ -11,8 +11,8 @@ use futures_util::stream;
 use reqwest::Body;
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG};
 use rusty_s3::actions::{
-    AbortMultipartUpload, CompleteMultipartUpload, CreateMultipartUpload, PutObject,
-    S3Action as _, UploadPart,
+    AbortMultipartUpload, CompleteMultipartUpload, CreateMultipartUpload, PutObject, S3Action as _,
+    UploadPart,
 };
 
 use super::super::local::Meta;

@@ -158,7 +158,7 @@ async fn refusals_are_named_and_nothing_secret_is() {
     let lost = server.machine("third", nowhere);
     for (store, word) in [
         (forger, "SignatureDoesNotMatch"),
-        (stranger, "(InvalidAccessKeyId)"),
+        (stranger, "403 Forbidden (NotSignedUp)"),
         (lost, "NoSuchBucket"),
     ] {
         let errors =
