@@ -18,7 +18,7 @@ use crate::domain::clock::{Clock, SystemClock};
 use crate::domain::id::{BackendName, JobId, RunnerName};
 use crate::domain::policy;
 use crate::gitlab::{self, Client, ClientOptions, Info, InfoOptions, identity};
-use crate::job::{RunnerContext, Shell};
+use crate::job::{Mirrors, RunnerContext, Shell};
 use crate::reconcile::{self, Reconciler, RunnerEntry, Settings, Watcher, World};
 use crate::registry::{Registry, RegistryError};
 use crate::store::{Job, Lock, LockError, OpenError, Store, StoreError};
@@ -277,6 +277,11 @@ fn context(config: &Config, runner: &Runner, system_id: &str) -> RunnerContext {
         tls_ca_file: runner.tls_ca_file.clone(),
         tls_cert_file: runner.tls_cert_file.clone(),
         tls_key_file: runner.tls_key_file.clone(),
+        custom_build_dir: runner.custom_build_dir,
+        mirrors: runner
+            .mirrors_dir
+            .clone()
+            .map(|dir| Mirrors { dir, keep: runner.mirrors_keep }),
         get_sources_timeout: runner.get_sources_timeout.or(runner.prepare_timeout),
         debug_trace_disabled: runner.debug_trace_disabled,
         runner_feature_flags: runner.feature_flags.clone(),

@@ -18,7 +18,7 @@ const IN_RUNNERS: &str = "in [[runners]]";
 const AT_TOP: &str = "at the top of the file";
 
 /// Keys of gitlab-runner's that have no meaning here, and what to do about them.
-const FOREIGN: [(&str, &str); 14] = [
+const FOREIGN: [(&str, &str); 13] = [
     ("executor", "name one of the [backends] with `backend` instead"),
     ("connection_max_age", "connections are renewed without it; remove it"),
     ("sentry_dsn", "errors go to the log; remove it"),
@@ -30,7 +30,6 @@ const FOREIGN: [(&str, &str); 14] = [
     ("machine", "jobs run on a backend; remove it"),
     ("autoscaler", "jobs run on a backend; remove it"),
     ("cache", "caches are directories; write `cache_dir`"),
-    ("custom_build_dir", "remove it"),
     ("referees", "remove it"),
     ("labels", "remove it"),
 ];
@@ -74,6 +73,9 @@ pub(super) struct RunnerTable {
     pub(super) strict_check_interval: Option<bool>,
     pub(super) builds_dir: Option<Spanned<String>>,
     pub(super) cache_dir: Option<Spanned<String>>,
+    pub(super) custom_build_dir: Option<CustomBuildDirTable>,
+    pub(super) mirrors_dir: Option<Spanned<String>>,
+    pub(super) mirrors_keep: Option<Spanned<DurationText>>,
     pub(super) environment: Option<Spanned<Environment>>,
     pub(super) output_limit: Option<u64>,
     #[serde(alias = "tls-ca-file")]
@@ -99,6 +101,13 @@ pub(super) struct RunnerTable {
     pub(super) debug_trace_disabled: Option<bool>,
     pub(super) deadline_reserve: Option<Spanned<DurationText>>,
     pub(super) minimum_run_time: Option<Spanned<DurationText>>,
+}
+
+/// `[runners.custom_build_dir]`.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CustomBuildDirTable {
+    pub(super) enabled: Option<bool>,
 }
 
 /// A duration as written.

@@ -118,6 +118,12 @@ pub struct Runner {
     pub builds_dir: Option<Utf8PathBuf>,
     /// `cache_dir`: below which caches are kept.
     pub cache_dir: Option<Utf8PathBuf>,
+    /// `[runners.custom_build_dir] enabled`: whether jobs may use `GIT_CLONE_PATH`.
+    pub custom_build_dir: bool,
+    /// `mirrors_dir`: below which one mirror per project is kept; none where absent.
+    pub mirrors_dir: Option<Utf8PathBuf>,
+    /// `mirrors_keep`: how long a mirror that no job uses is kept.
+    pub mirrors_keep: Duration,
     /// `environment`: variables for every job, in order; a job's own variables win.
     pub environment: Vec<(String, String)>,
     /// `output_limit`, in bytes (KiB in the file): a longer trace is cut in its middle.

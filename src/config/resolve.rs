@@ -37,6 +37,8 @@ const UNHEALTHY_INTERVAL: Duration = Duration::from_secs(60 * 60);
 const FINAL_UPDATE_RETRIES: u32 = 10;
 /// Enough for the rest of the trace and a few hundred megabytes of artifacts.
 const DEADLINE_RESERVE: Duration = Duration::from_secs(60);
+/// Longer than people are on holiday; a mirror costs disk, and its loss one full fetch.
+const MIRRORS_KEEP: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Less than a scheduler needs to start a job at all; only a hopeless job should be turned away.
 const MINIMUM_RUN_TIME: Duration = Duration::from_secs(10);
 
@@ -110,6 +112,18 @@ impl<'a> Place<'a> {
             Some(text) => self.path("state_dir", &text)?,
             None => super::default_state_dir(self.dir),
         };
+        for runner in &runners {
+            let builds_dir =
+                runner.builds_dir.clone().unwrap_or_else(|| state_dir.join("builds"));
+            if let Some(mirrors_dir) = &runner.mirrors_dir
+                && (mirrors_dir.starts_with(&builds_dir) || builds_dir.starts_with(mirrors_dir))
+            {
+                let why = format!("jobs write below {builds_dir}; mirrors need a place of their own");
+                let problem = Problem::Value { key: "mirrors_dir", why };
+                let line = lines.get(&runner.name).copied().unwrap_or(1);
+                return Err(ConfigError::at(&self.source.path, line, problem));
+            }
+        }
         Ok(Config {
             path: self.source.path.clone(),
             state_dir,
@@ -234,6 +248,12 @@ impl<'a> Place<'a> {
             strict_check_interval: table.strict_check_interval.unwrap_or(false),
             builds_dir: path("builds_dir", table.builds_dir)?,
             cache_dir: path("cache_dir", table.cache_dir)?,
+            custom_build_dir: table
+                .custom_build_dir
+                .and_then(|table| table.enabled)
+                .unwrap_or(false),
+            mirrors_dir: path("mirrors_dir", table.mirrors_dir)?,
+            mirrors_keep: words("mirrors_keep", table.mirrors_keep)?.unwrap_or(MIRRORS_KEEP),
             environment: self.environment(table.environment)?,
             output_limit: above_zero(table.output_limit, OUTPUT_LIMIT_KIB).saturating_mul(1024),
             tls_ca_file: path("tls_ca_file", table.tls_ca_file)?,

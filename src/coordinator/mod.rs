@@ -12,6 +12,7 @@ mod door;
 mod fault;
 mod git;
 mod job;
+mod lfs;
 mod new_job;
 mod options;
 mod payload;
@@ -44,7 +45,7 @@ use self::door::Period;
 use self::state::Shared;
 
 pub use self::fault::{Endpoint, Fault, Gate, Requests};
-pub use self::git::ServeError;
+pub use self::git::{GitTraffic, ServeError};
 pub use self::new_job::{Git, NewJob, Shape, Variable};
 pub use self::options::{
     Knobs, Options, RateLimits, Registration, RunnerOptions, TokenKind, Version,
@@ -482,5 +483,20 @@ impl Coordinator {
             state.repositories.insert(project_path.to_owned(), repository);
         });
         Ok(())
+    }
+
+    /// Lets job tokens of every project read a served one, as its allowlist would.
+    pub fn open_repository(&self, project_path: &str) {
+        self.shared().change(|state, _| {
+            if let Some(repository) = state.repositories.get_mut(project_path) {
+                repository.open = true;
+            }
+        });
+    }
+
+    /// Says what git and Git LFS have been sent of a served project; nothing of one that is not.
+    pub fn git_traffic(&self, project_path: &str) -> GitTraffic {
+        let state = self.shared().lock();
+        state.repositories.get(project_path).map(git::Repository::traffic).unwrap_or_default()
     }
 }

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::process::{Pid, Signal};
@@ -181,6 +181,151 @@ pub(super) async fn remove_below(dir: &Utf8Path, suffix: &'static str) -> Result
             }
         }
         Ok(())
+    })
+    .await
+}
+
+/// What an entry of a directory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Dir,
+    File,
+    /// A link or something stranger.
+    Other,
+}
+
+/// Lists a directory; one that is not there is empty. Names that are not UTF-8 are left out.
+pub(super) async fn entries(dir: &Utf8Path) -> Result<Vec<(String, Kind)>, HandsError> {
+    blocking("list", dir, |dir| {
+        let entries = match fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                return Ok(Vec::new());
+            }
+            Err(error) => return Err(error),
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            let kind = entry.file_type()?;
+            let kind = if kind.is_dir() {
+                Kind::Dir
+            } else if kind.is_file() {
+                Kind::File
+            } else {
+                Kind::Other
+            };
+            if let Ok(name) = entry.file_name().into_string() {
+                found.push((name, kind));
+            }
+        }
+        Ok(found)
+    })
+    .await
+}
+
+/// Removes the links that lie directly in a directory.
+pub(super) async fn remove_links(dir: &Utf8Path) -> Result<(), HandsError> {
+    for (name, kind) in entries(dir).await? {
+        if kind == Kind::Other {
+            remove(&dir.join(name)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads a regular file, and no link to one; `None` if there is none, or if it is larger than `most`.
+pub(super) async fn read(path: &Utf8Path, most: u64) -> Result<Option<Vec<u8>>, HandsError> {
+    blocking("read", path, move |path| {
+        if !existing(path, |meta| meta.is_file() && meta.len() <= most)? {
+            return Ok(None);
+        }
+        match fs::read(path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    })
+    .await
+}
+
+/// Says where a path really is: the links of the part that exists are followed.
+pub(super) async fn really(path: &Utf8Path) -> Result<Utf8PathBuf, HandsError> {
+    blocking("follow", path, |path| {
+        for existing in path.ancestors() {
+            match existing.canonicalize_utf8() {
+                Ok(real) => {
+                    let rest = path.strip_prefix(existing).map_err(io::Error::other)?;
+                    return Ok(if rest.as_str().is_empty() { real } else { real.join(rest) });
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(path.to_owned())
+    })
+    .await
+}
+
+/// Makes a file, or makes it younger, and gives the time that the file system then says.
+pub(super) async fn touch(path: &Utf8Path) -> Result<SystemTime, HandsError> {
+    blocking("touch", path, |path| {
+        let mut file =
+            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        file.write_all(b"\n")?;
+        file.metadata()?.modified()
+    })
+    .await
+}
+
+/// Says when a file or directory was last written to; `None` if it is not there.
+pub(super) async fn modified(path: &Utf8Path) -> Result<Option<SystemTime>, HandsError> {
+    blocking("look at", path, |path| match fs::symlink_metadata(path) {
+        Ok(meta) => meta.modified().map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    })
+    .await
+}
+
+/// How a lock is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// With others.
+    Together,
+    /// By nobody else.
+    Alone,
+}
+
+/// A lock among processes; the kernel lets go of it with the file, even when we are killed.
+#[derive(Debug)]
+pub(super) struct Held {
+    _file: fs::File,
+}
+
+/// Takes a lock if that can be done at once.
+pub(super) async fn try_hold(path: &Utf8Path, hold: Hold) -> Result<Option<Held>, HandsError> {
+    blocking("lock", path, move |path| {
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)?;
+        let taken = match hold {
+            Hold::Together => file.try_lock_shared(),
+            Hold::Alone => file.try_lock(),
+        };
+        match taken {
+            Ok(()) => Ok(Some(Held { _file: file })),
+            Err(fs::TryLockError::WouldBlock) => Ok(None),
+            Err(fs::TryLockError::Error(error)) => Err(error),
+        }
     })
     .await
 }

@@ -33,14 +33,15 @@ mod variables;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use bridge_backend::{EnvVar, JobSpec, Limits};
 use camino::{Utf8Path, Utf8PathBuf};
 use url::Url;
 
-pub use self::settings::{GitStrategy, Settings};
-pub use self::sources::{Output, StageError, Tone};
+pub use self::settings::{GitStrategy, Settings, SubmoduleStrategy};
+pub use self::sources::{Output, StageError, Tone, release};
 
 use self::script::Source;
 use self::sources::Repository;
@@ -96,6 +97,10 @@ pub struct RunnerContext {
     pub tls_cert_file: Option<Utf8PathBuf>,
     /// A file with its key.
     pub tls_key_file: Option<Utf8PathBuf>,
+    /// Whether jobs may choose their directory with `GIT_CLONE_PATH`.
+    pub custom_build_dir: bool,
+    /// Where and how long mirrors of projects are kept.
+    pub mirrors: Option<Mirrors>,
     /// The most that get_sources may take, repetitions included.
     pub get_sources_timeout: Option<Duration>,
     /// Whether `CI_DEBUG_TRACE` is forbidden.
@@ -109,6 +114,15 @@ impl fmt::Debug for RunnerContext {
         // Operators put secrets into the environment and into URLs.
         f.debug_struct("RunnerContext").field("name", &self.name).finish_non_exhaustive()
     }
+}
+
+/// Where and how long mirrors of projects are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mirrors {
+    /// The directory; no job may write to it.
+    pub dir: Utf8PathBuf,
+    /// A mirror that no job has used for so long is removed.
+    pub keep: Duration,
 }
 
 /// The smallest numbers that no other running job has.
@@ -175,8 +189,25 @@ pub enum Unrunnable {
         refspec: String,
     },
     /// The job wants another directory.
-    #[error("GIT_CLONE_PATH is not allowed by this runner")]
+    #[error(
+        "GIT_CLONE_PATH is not allowed by this runner; its operator can allow it with `enabled = \
+         true` in [runners.custom_build_dir]"
+    )]
     ClonePath,
+    /// The directory that the job wants is somewhere else.
+    #[error("GIT_CLONE_PATH={path:?} has to be below {builds_dir}")]
+    ClonePathOutside {
+        /// What the job wants.
+        path: String,
+        /// Where it has to be.
+        builds_dir: Utf8PathBuf,
+    },
+    /// The directory that the job wants holds those of other jobs.
+    #[error("GIT_CLONE_PATH={path:?} would hold the directories of other jobs")]
+    ClonePathTooWide {
+        /// What the job wants.
+        path: String,
+    },
     /// No shell can read the script.
     #[error("step {step} contains a NUL byte")]
     NulInScript {
@@ -224,6 +255,7 @@ pub struct Plan {
     repository: Option<Repository>,
     hooks: sources::Hooks,
     get_sources_timeout: Duration,
+    git_started: AtomicU32,
     runner: RunnerContext,
 }
 
@@ -257,10 +289,11 @@ pub fn plan(payload: &JobPayload, runner: &RunnerContext, slot: Slot) -> Result<
     let unplaced = Directories { project: &nowhere, temp: &nowhere };
     let first = Variables::of_job(payload, runner, slot, unplaced, &BTreeMap::new()).expanded();
     let (settings, complaints) = Settings::read(&first, payload, runner);
-    if !first.content("GIT_CLONE_PATH").is_empty() {
-        return Err(Unrunnable::ClonePath);
-    }
-    let project_dir = paths::project_dir(payload, runner, slot, settings.git_strategy)?;
+    let strategy = settings.git_strategy;
+    let project_dir = match first.content("GIT_CLONE_PATH") {
+        "" => paths::project_dir(payload, runner, slot, strategy)?,
+        wanted => paths::clone_path(wanted, payload, runner, slot, strategy)?,
+    };
     let temp_dir = Utf8PathBuf::from(format!("{project_dir}.tmp"));
     let dirs = Directories { project: &project_dir, temp: &temp_dir };
     let variables = Variables::of_job(payload, runner, slot, dirs, &settings.flags).expanded();
@@ -268,7 +301,7 @@ pub fn plan(payload: &JobPayload, runner: &RunnerContext, slot: Slot) -> Result<
     let mut environment = variables.environment(&temp_dir)?;
     let mut warnings = std::mem::take(&mut environment.warnings);
     warnings.extend(complaints);
-    warnings.extend(left_out(payload, &variables));
+    warnings.extend(left_out(payload));
     let repository = if settings.git_strategy.uses_git() {
         Some(Repository::of(payload, runner, &settings, &variables)?)
     } else {
@@ -303,6 +336,7 @@ pub fn plan(payload: &JobPayload, runner: &RunnerContext, slot: Slot) -> Result<
             .get_sources_timeout
             .filter(|limit| !limit.is_zero())
             .map_or(timeout, |limit| limit.min(timeout)),
+        git_started: AtomicU32::new(0),
         runner: runner.clone(),
         project_dir,
         temp_dir,
@@ -352,12 +386,10 @@ fn check_steps(payload: &JobPayload) -> Result<(), Unrunnable> {
 }
 
 /// Names what the job asks for and does not get.
-fn left_out(payload: &JobPayload, variables: &Variables) -> Option<String> {
-    let submodules = !matches!(variables.content("GIT_SUBMODULE_STRATEGY"), "" | "none");
+fn left_out(payload: &JobPayload) -> Option<String> {
     let wanted = [
         ("image", payload.image.as_ref().is_some_and(|image| !image.name.is_empty())),
         ("services", !payload.services.is_empty()),
-        ("submodules", submodules),
         ("cache", !payload.cache.is_empty()),
         (
             "artifacts of earlier jobs",

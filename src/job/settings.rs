@@ -17,13 +17,14 @@ const AFTER_SCRIPT_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 ///
 /// Names and defaults are gitlab-runner's (`helpers/featureflags/flags.go`); a flag that would change
 /// nothing is not listed, and then is an ordinary variable.
-const FLAGS: [(&str, bool); 6] = [
+const FLAGS: [(&str, bool); 7] = [
     ("FF_ENABLE_BASH_EXIT_CODE_CHECK", false),
     ("FF_ENABLE_JOB_CLEANUP", false),
     ("FF_MASK_ALL_DEFAULT_TOKENS", true),
     ("FF_SCRIPT_SECTIONS", false),
     ("FF_TIMESTAMPS", true),
     ("FF_USE_EXPONENTIAL_BACKOFF_STAGE_RETRY", true),
+    ("FF_USE_GIT_NATIVE_CLONE", false),
 ];
 
 /// How the checkout comes to be.
@@ -58,6 +59,19 @@ impl GitStrategy {
     }
 }
 
+/// Which submodules are checked out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SubmoduleStrategy {
+    /// None.
+    None,
+    /// Those of the project.
+    Normal,
+    /// Those of the project, and theirs.
+    Recursive,
+    /// Something else was asked for, and get_sources fails.
+    Unknown(String),
+}
+
 /// What a job's variables say about how it is run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -69,6 +83,20 @@ pub struct Settings {
     pub git_clean_flags: Vec<String>,
     /// `GIT_FETCH_EXTRA_FLAGS`.
     pub git_fetch_flags: Vec<String>,
+    /// `GIT_CLONE_EXTRA_FLAGS`, for git's own clone.
+    pub git_clone_flags: Vec<String>,
+    /// `GIT_SUBMODULE_STRATEGY`; none for strategies without git.
+    pub git_submodule_strategy: SubmoduleStrategy,
+    /// `GIT_SUBMODULE_PATHS`; empty means all.
+    pub git_submodule_paths: Vec<String>,
+    /// `GIT_SUBMODULE_DEPTH`; 0 and less is the whole history.
+    pub git_submodule_depth: i64,
+    /// `GIT_SUBMODULE_UPDATE_FLAGS`.
+    pub git_submodule_flags: Vec<String>,
+    /// `GIT_SUBMODULE_FORCE_HTTPS`.
+    pub git_submodule_force_https: bool,
+    /// `GIT_LFS_SKIP_SMUDGE`.
+    pub git_lfs_skip: bool,
     /// `GET_SOURCES_ATTEMPTS`, 1 to 10.
     pub get_sources_attempts: u32,
     /// `AFTER_SCRIPT_IGNORE_ERRORS`.
@@ -105,6 +133,17 @@ impl Settings {
             git_checkout: reader.boolean("GIT_CHECKOUT", true) && git_strategy.uses_git(),
             git_clean_flags: reader.words("GIT_CLEAN_FLAGS", &["-ffdx"]),
             git_fetch_flags: reader.words("GIT_FETCH_EXTRA_FLAGS", &["--prune", "--quiet"]),
+            git_clone_flags: reader.plain_words("GIT_CLONE_EXTRA_FLAGS"),
+            git_submodule_strategy: if git_strategy.uses_git() {
+                submodule_strategy(variables.content("GIT_SUBMODULE_STRATEGY"))
+            } else {
+                SubmoduleStrategy::None
+            },
+            git_submodule_paths: reader.plain_words("GIT_SUBMODULE_PATHS"),
+            git_submodule_depth: reader.depth("GIT_SUBMODULE_DEPTH", payload.git_info.depth),
+            git_submodule_flags: reader.plain_words("GIT_SUBMODULE_UPDATE_FLAGS"),
+            git_submodule_force_https: reader.boolean("GIT_SUBMODULE_FORCE_HTTPS", false),
+            git_lfs_skip: reader.boolean("GIT_LFS_SKIP_SMUDGE", false),
             get_sources_attempts: reader.attempts("GET_SOURCES_ATTEMPTS"),
             after_script_ignore_errors: reader.boolean("AFTER_SCRIPT_IGNORE_ERRORS", true),
             script_timeout: reader.timeout("RUNNER_SCRIPT_TIMEOUT", job_timeout),
@@ -187,6 +226,24 @@ impl Reader<'_> {
         }
     }
 
+    fn plain_words(&self, name: &str) -> Vec<String> {
+        self.variables.content(name).split_whitespace().map(str::to_owned).collect()
+    }
+
+    fn depth(&mut self, name: &str, default: i64) -> i64 {
+        let raw = self.variables.content(name);
+        if raw.is_empty() {
+            return default;
+        }
+        raw.parse().unwrap_or_else(|_unparsed| {
+            self.complain(format!(
+                "{name}: expected a number, got {}; using {default}",
+                shown(raw)
+            ));
+            default
+        })
+    }
+
     fn attempts(&mut self, name: &str) -> u32 {
         let raw = self.variables.content(name);
         if raw.is_empty() {
@@ -245,8 +302,17 @@ impl Reader<'_> {
     }
 }
 
+fn submodule_strategy(raw: &str) -> SubmoduleStrategy {
+    match raw {
+        "none" | "" => SubmoduleStrategy::None,
+        "normal" => SubmoduleStrategy::Normal,
+        "recursive" => SubmoduleStrategy::Recursive,
+        _ => SubmoduleStrategy::Unknown(raw.to_owned()),
+    }
+}
+
 /// Shows a value in a complaint, shortened; quotes make control characters harmless.
-fn shown(value: &str) -> String {
+pub(super) fn shown(value: &str) -> String {
     let short: String = value.chars().take(40).collect();
     format!("{short:?}")
 }

@@ -58,7 +58,7 @@ impl Step<'_> {
             }
         }
         if let Some(workspace) = &self.job.workspace
-            && let Err(error) = job::cleanup(workspace).await
+            && let Err(error) = job::release(workspace).await
         {
             if policy::since(now, self.job.state_at) < policy::LEFTOVERS_PATIENCE {
                 return Err(StepError::Leftovers(error));

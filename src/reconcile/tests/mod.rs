@@ -164,6 +164,8 @@ impl Scene {
             tls_ca_file: None,
             tls_cert_file: None,
             tls_key_file: None,
+            custom_build_dir: false,
+            mirrors: None,
             get_sources_timeout: None,
             debug_trace_disabled: false,
             runner_feature_flags: BTreeMap::new(),

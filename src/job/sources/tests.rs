@@ -6,9 +6,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use camino::Utf8PathBuf;
+use url::Url;
 
 use super::super::tests::{payload, runner, variable};
 use super::super::{Slot, plan};
+use super::repository::site;
 use super::*;
 use crate::gitlab::wire::{Hook, Variable};
 
@@ -24,7 +26,7 @@ impl Said {
         String::from_utf8_lossy(&self.bytes).into_owned()
     }
 
-    fn all(&self) -> String {
+    pub(in super::super) fn all(&self) -> String {
         format!("{}\n{}", self.remarks.join("\n"), self.text())
     }
 }
@@ -39,14 +41,14 @@ impl Output for Said {
 }
 
 /// A server's repository, and a place for checkouts.
-struct World {
+pub(super) struct World {
     _dir: tempfile::TempDir,
-    root: Utf8PathBuf,
-    payload: JobPayload,
-    runner: RunnerContext,
+    pub(super) root: Utf8PathBuf,
+    pub(super) payload: JobPayload,
+    pub(super) runner: RunnerContext,
 }
 
-fn git(dir: &Utf8Path, args: &[&str]) -> String {
+pub(super) fn git(dir: &Utf8Path, args: &[&str]) -> String {
     let output = Command::new("git")
         .args(["-c", "user.name=t", "-c", "user.email=t@example.org"])
         .args(["-c", "commit.gpgsign=false", "-c", "init.defaultBranch=main"])
@@ -60,7 +62,7 @@ fn git(dir: &Utf8Path, args: &[&str]) -> String {
 }
 
 impl World {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::of_format("sha1")
     }
 
@@ -82,7 +84,7 @@ impl World {
         world
     }
 
-    fn commit(&mut self, content: &str) {
+    pub(super) fn commit(&mut self, content: &str) {
         let origin = self.root.join("origin");
         fs::write(origin.join("file"), content).unwrap();
         git(&origin, &["add", "file"]);
@@ -90,29 +92,29 @@ impl World {
         self.payload.git_info.sha = git(&origin, &["rev-parse", "HEAD"]);
     }
 
-    fn set(&mut self, key: &str, value: &str) {
+    pub(super) fn set(&mut self, key: &str, value: &str) {
         self.payload.variables.push(variable(key, value));
     }
 
-    fn plan(&self) -> Plan {
+    pub(super) fn plan(&self) -> Plan {
         plan(&self.payload, &self.runner, Slot::default()).unwrap()
     }
 
-    async fn get(&self) -> (Plan, Result<(), StageError>, Said) {
+    pub(super) async fn get(&self) -> (Plan, Result<(), StageError>, Said) {
         let plan = self.plan();
         let mut said = Said::default();
         let result = plan.get_sources(&mut said).await;
         (plan, result, said)
     }
 
-    async fn got(&self) -> (Plan, Said) {
+    pub(super) async fn got(&self) -> (Plan, Said) {
         let (plan, result, said) = self.get().await;
         assert_eq!(result, Ok(()), "{}", said.all());
         (plan, said)
     }
 }
 
-fn content(plan: &Plan) -> String {
+pub(super) fn content(plan: &Plan) -> String {
     fs::read_to_string(plan.project_dir.join("file")).unwrap()
 }
 
@@ -313,9 +315,9 @@ async fn file_variables_are_written_as_they_came() {
     assert_eq!(fs::metadata(&plan.temp_dir).unwrap().permissions().mode() & 0o777, 0o700);
     assert!(!plan.temp_dir.join("left").exists());
     assert!(!said.all().contains("quotes"));
-    plan.cleanup(&mut Said::default()).await.unwrap();
+    plan.cleanup().await.unwrap();
     assert!(!plan.temp_dir.exists() && plan.project_dir.exists());
-    plan.cleanup(&mut Said::default()).await.unwrap();
+    plan.cleanup().await.unwrap();
 }
 
 #[tokio::test]
@@ -326,12 +328,41 @@ async fn job_cleanup_is_done_when_asked_for() {
     let (plan, _) = world.got().await;
     fs::write(plan.project_dir.join("file"), "changed").unwrap();
     fs::write(plan.project_dir.join("new"), "").unwrap();
-    plan.cleanup(&mut Said::default()).await.unwrap();
+    plan.cleanup().await.unwrap();
     assert_eq!(content(&plan), "one");
     assert!(!plan.project_dir.join("new").exists() && !plan.temp_dir.exists());
-    world.set("GIT_STRATEGY", "clone");
-    world.plan().cleanup(&mut Said::default()).await.unwrap();
-    assert!(!plan.project_dir.exists());
+    assert!(!beside(&plan, "cleanup").exists());
+    for strategy in ["clone", "empty"] {
+        world.set("GIT_STRATEGY", strategy);
+        let (plan, _) = world.got().await;
+        assert!(plan.project_dir.exists());
+        // By then nobody may know the payload.
+        release(&plan.project_dir).await.unwrap();
+        assert!(!plan.project_dir.exists() && !beside(&plan, "cleanup").exists());
+        release(&plan.project_dir).await.unwrap();
+    }
+}
+
+fn beside(plan: &Plan, ending: &str) -> Utf8PathBuf {
+    Utf8PathBuf::from(format!("{}.{ending}", plan.project_dir))
+}
+
+#[tokio::test]
+async fn a_note_that_the_job_has_changed_runs_nothing() {
+    let mut world = World::new();
+    world.set("FF_ENABLE_JOB_CLEANUP", "true");
+    world.set("GIT_STRATEGY", "fetch");
+    let (plan, _) = world.got().await;
+    let trap = world.root.join("trap");
+    git(&plan.project_dir, &["config", "core.fsmonitor", &format!("touch {trap}")]);
+    release(&plan.project_dir).await.unwrap();
+    assert!(!trap.exists());
+    for text in ["", "{}", "rubbish", r#"{"checkout":"run","flags":["x"]}"#] {
+        fs::write(beside(&plan, "cleanup"), text).unwrap();
+        release(&plan.project_dir).await.unwrap();
+        assert_eq!(content(&plan), "one");
+        assert!(!beside(&plan, "cleanup").exists());
+    }
 }
 
 #[tokio::test]
@@ -435,7 +466,8 @@ async fn git_gets_the_password_for_this_server_alone_and_keeps_it_nowhere() {
         let asked = format!("protocol=https\nhost={host}\n\n");
         fs::write(plan.temp_dir.join("question"), asked).unwrap();
         for (verb, expected) in [("fill", found), ("approve", false)] {
-            let mut call = plan.git_call(repository, &["credential", verb]);
+            let git = plan.git(repository, GET_SOURCES);
+            let mut call = git.call(&plan.project_dir, &["credential", verb]);
             assert!(!call.args.join(" ").contains("s3cret"));
             call.input = Some(plan.temp_dir.join("question"));
             let mut said = Said::default();
