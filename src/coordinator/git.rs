@@ -128,6 +128,12 @@ impl Repository {
         Ok(Self { dir, large, open: false, traffic, head, branch, pipelines: HashMap::new() })
     }
 
+    /// Takes over what holds for a project, however often its repository is looked at anew.
+    pub(super) fn go_on_as(&mut self, before: &Self) {
+        self.open = before.open;
+        self.traffic = Arc::clone(&before.traffic);
+    }
+
     /// What has been asked and answered so far.
     pub(super) fn traffic(&self) -> GitTraffic {
         GitTraffic {

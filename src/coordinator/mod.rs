@@ -478,8 +478,11 @@ impl Coordinator {
         project_path: &str,
         path: &Path,
     ) -> Result<(), ServeError> {
-        let repository = git::Repository::open(path).await?;
+        let mut repository = git::Repository::open(path).await?;
         self.shared().change(|state, _| {
+            if let Some(before) = state.repositories.get(project_path) {
+                repository.go_on_as(before);
+            }
             state.repositories.insert(project_path.to_owned(), repository);
         });
         Ok(())

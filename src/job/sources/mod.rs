@@ -321,4 +321,8 @@ impl Plan {
 }
 
 #[cfg(test)]
+mod served_tests;
+#[cfg(test)]
+mod submodules_tests;
+#[cfg(test)]
 pub(super) mod tests;
