@@ -278,10 +278,7 @@ fn context(config: &Config, runner: &Runner, system_id: &str) -> RunnerContext {
         tls_cert_file: runner.tls_cert_file.clone(),
         tls_key_file: runner.tls_key_file.clone(),
         custom_build_dir: runner.custom_build_dir,
-        mirrors: runner
-            .mirrors_dir
-            .clone()
-            .map(|dir| Mirrors { dir, keep: runner.mirrors_keep }),
+        mirrors: runner.mirrors_dir.clone().map(|dir| Mirrors { dir, keep: runner.mirrors_keep }),
         get_sources_timeout: runner.get_sources_timeout.or(runner.prepare_timeout),
         debug_trace_disabled: runner.debug_trace_disabled,
         runner_feature_flags: runner.feature_flags.clone(),

@@ -113,12 +113,12 @@ impl<'a> Place<'a> {
             None => super::default_state_dir(self.dir),
         };
         for runner in &runners {
-            let builds_dir =
-                runner.builds_dir.clone().unwrap_or_else(|| state_dir.join("builds"));
+            let builds_dir = runner.builds_dir.clone().unwrap_or_else(|| state_dir.join("builds"));
             if let Some(mirrors_dir) = &runner.mirrors_dir
                 && (mirrors_dir.starts_with(&builds_dir) || builds_dir.starts_with(mirrors_dir))
             {
-                let why = format!("jobs write below {builds_dir}; mirrors need a place of their own");
+                let why =
+                    format!("jobs write below {builds_dir}; mirrors need a place of their own");
                 let problem = Problem::Value { key: "mirrors_dir", why };
                 let line = lines.get(&runner.name).copied().unwrap_or(1);
                 return Err(ConfigError::at(&self.source.path, line, problem));

@@ -64,7 +64,8 @@ pub(super) fn batch(store: &Path, base: &str, authorization: &str, body: &[u8]) 
             json!({ "oid": oid, "size": size, "authenticated": true, "actions": actions })
         })
         .collect();
-    let mut reply = Reply::json(200, json!({ "transfer": "basic", "objects": objects }).to_string());
+    let mut reply =
+        Reply::json(200, json!({ "transfer": "basic", "objects": objects }).to_string());
     reply.content_type = MEDIA_TYPE;
     reply
 }

@@ -275,8 +275,12 @@ pub(super) async fn really(path: &Utf8Path) -> Result<Utf8PathBuf, HandsError> {
 /// Makes a file, or makes it younger, and gives the time that the file system then says.
 pub(super) async fn touch(path: &Utf8Path) -> Result<SystemTime, HandsError> {
     blocking("touch", path, |path| {
-        let mut file =
-            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(path)?;
         file.write_all(b"\n")?;
         file.metadata()?.modified()
     })

@@ -63,10 +63,7 @@ pub(super) fn clone_path(
 }
 
 /// Gives the project's path, or `None` where there is no URL and none is needed.
-pub(super) fn project_path(
-    url: &str,
-    strategy: GitStrategy,
-) -> Result<Option<String>, Unrunnable> {
+pub(super) fn project_path(url: &str, strategy: GitStrategy) -> Result<Option<String>, Unrunnable> {
     let bad = |reason| Err(Unrunnable::Repository { reason });
     if url.is_empty() && !strategy.uses_git() {
         return Ok(None);

@@ -23,12 +23,7 @@ const NOTE_MOST: u64 = 64 * 1024;
 #[serde(rename_all = "snake_case", tag = "checkout")]
 enum Note {
     Remove,
-    Clean {
-        flags: Vec<String>,
-        sha256: bool,
-        submodules: bool,
-        recursive: bool,
-    },
+    Clean { flags: Vec<String>, sha256: bool, submodules: bool, recursive: bool },
 }
 
 fn temp_dir(project_dir: &Utf8Path) -> Utf8PathBuf {
@@ -106,7 +101,7 @@ async fn clean(
         return Ok(());
     }
     let at = Place::checkout(project_dir);
-    let config = Repository::submodule_config(sha256);
+    let config = Repository::submodule_config(sha256, None);
     leftovers::disarm(&at.git_dir, config).await.map_err(&broken)?;
     let started = AtomicU32::new(0);
     let git = Git::offline(CLEANUP, home, &started);

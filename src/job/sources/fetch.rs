@@ -173,11 +173,7 @@ fn cloning(repository: &Repository) -> String {
     }
 }
 
-fn clone_args<'a>(
-    repository: &'a Repository,
-    depth: &'a str,
-    flags: &'a [String],
-) -> Vec<&'a str> {
+fn clone_args<'a>(repository: &'a Repository, depth: &'a str, flags: &'a [String]) -> Vec<&'a str> {
     let mut args = vec!["clone", "--no-checkout", "--template="];
     if repository.depth > 0 {
         args.extend(["--depth", depth]);

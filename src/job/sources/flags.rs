@@ -96,17 +96,20 @@ fn check(settings: &Settings) -> Stage {
     Ok(())
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn every_beginning_of_a_refused_option_is_refused() {
-        for flag in ["--upload-pack=touch", "--upload-p=x", "--upl", "--recurse-submodules", "--recu"] {
+        for flag in
+            ["--upload-pack=touch", "--upload-p=x", "--upl", "--recurse-submodules", "--recu"]
+        {
             assert!(OF_FETCH.refuses(flag), "{flag}");
         }
-        for flag in ["--prune", "--quiet", "-j4", "--no-tags", "--filter=blob:none", "--update-shallow"] {
+        for flag in
+            ["--prune", "--quiet", "-j4", "--no-tags", "--filter=blob:none", "--update-shallow"]
+        {
             assert!(!OF_FETCH.refuses(flag), "{flag}");
         }
         for flag in ["--reference", "--reference=/x", "--refer", "--reference-if-able=x"] {

@@ -79,11 +79,7 @@ impl<'a> Git<'a> {
     }
 
     /// Git without credentials, for what needs no server.
-    pub(super) fn offline(
-        stage: &'static str,
-        home: &'a Utf8Path,
-        started: &'a AtomicU32,
-    ) -> Self {
+    pub(super) fn offline(stage: &'static str, home: &'a Utf8Path, started: &'a AtomicU32) -> Self {
         let config = super::repository::basic_config();
         Self { stage, home, config, env: Vec::new(), protocols: REMOTE, started }
     }

@@ -166,7 +166,9 @@ mod tests {
 
     #[test]
     fn rubbish_is_refused() {
-        for bytes in [&b""[..], b"DIR", b"DIRC\0\0\0\x05\0\0\0\0", b"DIRC\0\0\0\x02\xff\xff\xff\xff"] {
+        for bytes in
+            [&b""[..], b"DIR", b"DIRC\0\0\0\x05\0\0\0\0", b"DIRC\0\0\0\x02\xff\xff\xff\xff"]
+        {
             assert_eq!(read(bytes, false), Err(IndexError::Format), "{bytes:?}");
         }
     }

@@ -40,7 +40,8 @@ impl Plan {
         let own = hands::read(&own, ATTRIBUTES_MOST).await.map_err(&broken)?.unwrap_or_default();
         if contains(&own.to_ascii_lowercase(), b"file:") {
             return Err(StageError::Misconfigured {
-                detail: ".lfsconfig names a file: URL, from which no large files are fetched".into(),
+                detail: ".lfsconfig names a file: URL, from which no large files are fetched"
+                    .into(),
             });
         }
         out.remark(Tone::Notice, "Fetching files in Git LFS...");

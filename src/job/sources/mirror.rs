@@ -34,7 +34,7 @@ use super::git::{FILE, Git, Heard, Place};
 use super::repository::Repository;
 use super::{Out, StageError, Tone};
 use crate::gitlab::wire::Secret;
-use crate::job::hands::{self, Held, HandsError, Hold, Kind};
+use crate::job::hands::{self, HandsError, Held, Hold, Kind};
 use crate::job::{GitStrategy, Mirrors, Plan, paths};
 
 /// A first fetch of a large project takes minutes; who has waited longer does better by himself.
@@ -259,7 +259,8 @@ impl Mirror<'_> {
             let text = hands::read(&self.dir.join(&one.here), 1024).await?.unwrap_or_default();
             if text.trim_ascii() == sha.as_bytes() {
                 hands::make_dir(&self.dir.join("refs/kept")).await?;
-                return hands::write_private(&self.kept(sha), Secret::new(format!("{sha}\n"))).await;
+                return hands::write_private(&self.kept(sha), Secret::new(format!("{sha}\n")))
+                    .await;
             }
         }
         Ok(())
@@ -316,7 +317,10 @@ impl Mirror<'_> {
         if let Some(held) = hands::try_hold(&path, hold).await? {
             return Ok(held);
         }
-        out.remark(Tone::Notice, "Waiting for another job that brings this project's mirror up to date...");
+        out.remark(
+            Tone::Notice,
+            "Waiting for another job that brings this project's mirror up to date...",
+        );
         let wait = async {
             loop {
                 tokio::time::sleep(LOOK_AGAIN).await;
@@ -358,7 +362,8 @@ async fn prune(mirrors: &Mirrors) -> Result<(), HandsError> {
                 continue;
             }
             let used = Utf8PathBuf::from(format!("{path}.use"));
-            let Some(last) = hands::modified(&used).await?.filter(|_| name.ends_with(".git")) else {
+            let Some(last) = hands::modified(&used).await?.filter(|_| name.ends_with(".git"))
+            else {
                 todo.push(path);
                 continue;
             };

@@ -152,10 +152,15 @@ impl Repository {
         config_text(self.sha256, "\tbare = false\n", &extensions, &remote)
     }
 
-    /// Writes the configuration of a submodule's repository; git fills in where it comes from.
-    pub(super) fn submodule_config(sha256: bool) -> String {
-        let remote = "\tfetch = +refs/heads/*:refs/remotes/origin/*\n";
-        config_text(sha256, "\tbare = false\n", "", remote)
+    /// Writes the configuration of a submodule's repository.
+    pub(super) fn submodule_config(sha256: bool, origin: Option<&str>) -> String {
+        let mut remote = "\tfetch = +refs/heads/*:refs/remotes/origin/*\n".to_owned();
+        if let Some(origin) = origin {
+            remote.push_str("\turl = ");
+            remote.push_str(&in_config(origin));
+            remote.push('\n');
+        }
+        config_text(sha256, "\tbare = false\n", "", &remote)
     }
 
     /// Writes the configuration of a mirror.
@@ -279,8 +284,8 @@ fn rewrites(
         Some(format!("{site}{}/", root.trim_end_matches('/')))
     };
     let Some(target) = base(origin) else { return Vec::new() };
-    let instance = site(&runner.url)
-        .map(|site| format!("{site}{}/", runner.url.path().trim_end_matches('/')));
+    let instance =
+        site(&runner.url).map(|site| format!("{site}{}/", runner.url.path().trim_end_matches('/')));
     let delivered = Url::parse(payload.git_info.repo_url.expose()).ok().as_ref().and_then(base);
     let mut from: Vec<String> = Vec::new();
     for other in [instance, delivered].into_iter().flatten() {
@@ -293,7 +298,8 @@ fn rewrites(
         "" => variables.content("CI_SERVER_HOST"),
         host => host,
     };
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':' | '[' | ']');
+    let plain =
+        |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':' | '[' | ']');
     if settings.git_submodule_force_https && !ssh.is_empty() && ssh.chars().all(plain) {
         from.push(format!("git@{ssh}:"));
         from.push(format!("ssh://git@{ssh}/"));

@@ -9,7 +9,6 @@ use super::tests::{Said, git};
 use super::*;
 use crate::coordinator::{Coordinator, Git as Source, GitTraffic, NewJob, Options, RunnerOptions};
 
-
 use crate::gitlab::{Client, ClientOptions, Info, InfoOptions, RequestReply};
 use crate::job::tests::runner;
 use crate::job::{Mirrors, Slot, plan};
@@ -142,7 +141,11 @@ pub(super) fn found_below(dir: &Utf8Path, text: &str) -> Vec<Utf8PathBuf> {
             let path = entry.unwrap().into_path();
             if path.symlink_metadata().unwrap().is_dir() {
                 todo.push(path);
-            } else if fs::read(&path).unwrap_or_default().windows(text.len()).any(|w| w == text.as_bytes()) {
+            } else if fs::read(&path)
+                .unwrap_or_default()
+                .windows(text.len())
+                .any(|w| w == text.as_bytes())
+            {
                 found.push(path);
             }
         }

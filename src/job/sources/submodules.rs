@@ -12,10 +12,12 @@ use camino::{Utf8Component, Utf8Path, Utf8PathBuf};
 use super::git::{Git, Place};
 use super::repository::Repository;
 use super::{GET_SOURCES, Out, Stage, StageError, Tone, index, leftovers, lfs};
+use crate::gitlab::wire::Secret;
 use crate::job::Plan;
 use crate::job::hands::{self, HandsError};
 use crate::job::settings::SubmoduleStrategy;
 
+const CONFIG_MOST: u64 = 64 * 1024 * 1024;
 /// A submodule's `.git` is one line.
 const GIT_FILE_MOST: u64 = 64 * 1024;
 
@@ -40,13 +42,14 @@ impl Plan {
             SubmoduleStrategy::Recursive => true,
         };
         // Git must not go on by itself to what has not been looked at.
-        let recursive = asked || self.settings.git_submodule_flags.iter().any(|f| f == "--recursive");
+        let recursive =
+            asked || self.settings.git_submodule_flags.iter().any(|f| f == "--recursive");
         let depth = self.settings.git_submodule_depth;
         out.remark(Tone::Notice, &announcement(recursive, depth));
         let broken = StageError::broken(GET_SOURCES);
         let git = self.git(repository, GET_SOURCES);
         let git_dir = self.project_dir.join(".git");
-        let config = Repository::submodule_config(repository.sha256);
+        let config = Repository::submodule_config(repository.sha256, None);
         let known = leftovers::disarm_modules(&git_dir, &config).await.map_err(&broken)?;
         let inherited = !known.is_empty();
         let modules = git_dir.join("modules");
@@ -107,7 +110,7 @@ impl Plan {
         update.extend(flags.clone().filter(|flag| *flag != "--recursive"));
         let update = with_paths(&update, wanted);
         git.run(above, &with_paths(&["submodule", "--quiet", "init"], wanted), out).await?;
-        git.run(above, &sync, out).await?;
+        self.name_origins(level, above).await.map_err(&broken)?;
         for place in populated(above.dir(), &paths, &level.modules).await.map_err(&broken)? {
             self.clean_submodule(git, &place, true, out).await?;
         }
@@ -136,16 +139,54 @@ impl Plan {
         Ok(below)
     }
 
-    async fn clean_submodule(
-        &self,
-        git: &Git<'_>,
-        at: &Place,
-        reset: bool,
-        out: Out<'_>,
-    ) -> Stage {
+    /// Tells the repositories of submodules where they come from, as `git submodule sync` would if they
+    /// were checked out: their configuration has been written anew, and the address may be another.
+    async fn name_origins(&self, level: &Level<'_>, above: &Place) -> Result<(), HandsError> {
+        let path = above.git_dir.join("config");
+        let text = hands::read(&path, CONFIG_MOST).await?.unwrap_or_default();
+        for (name, url) in addresses(&String::from_utf8_lossy(&text)) {
+            let git_dir = above.git_dir.join("modules").join(name);
+            if level.known.contains(&git_dir) {
+                let text = Repository::submodule_config(self.sha256(), Some(&url));
+                hands::write_private(&git_dir.join("config"), Secret::new(text)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn clean_submodule(&self, git: &Git<'_>, at: &Place, reset: bool, out: Out<'_>) -> Stage {
         let flags = &self.settings.git_clean_flags;
         clean(git, at, flags, reset, out).await
     }
+}
+
+/// Reads the submodules' names and addresses from a configuration that we and git have written.
+fn addresses(config: &str) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut name = None;
+    for line in config.lines() {
+        let line = line.trim();
+        if line.starts_with('[') {
+            let quoted = line.strip_prefix("[submodule \"").and_then(|l| l.strip_suffix("\"]"));
+            name = quoted.map(unescaped);
+        } else if let (Some(name), Some(url)) = (&name, line.strip_prefix("url = ")) {
+            let url = url.strip_prefix('"').and_then(|u| u.strip_suffix('"')).unwrap_or(url);
+            found.push((name.clone(), unescaped(url)));
+        }
+    }
+    found
+}
+
+fn unescaped(text: &str) -> String {
+    let mut result = String::with_capacity(text.len());
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match (c, c == '\\') {
+            (_, true) => result.extend(chars.next()),
+            (c, false) => result.push(c),
+        }
+    }
+    result
 }
 
 /// Cleans a submodule as the job cleans itself; where it does not, thoroughly, as the official runner.
@@ -173,7 +214,7 @@ pub(super) async fn clean_all(
 ) -> Stage {
     let broken = StageError::broken(git.stage);
     let git_dir = project_dir.join(".git");
-    let config = Repository::submodule_config(sha256);
+    let config = Repository::submodule_config(sha256, None);
     let known = leftovers::disarm_modules(&git_dir, &config).await.map_err(&broken)?;
     let modules = git_dir.join("modules");
     let mut todo = vec![Place::checkout(project_dir)];
@@ -199,10 +240,8 @@ async fn submodules_of(at: &Place, sha256: bool) -> Result<Vec<String>, StageErr
     let broken = StageError::broken(GET_SOURCES);
     let bytes = hands::read(&at.git_dir.join("index"), lfs::INDEX_MOST).await.map_err(&broken)?;
     let Some(bytes) = bytes else { return Ok(Vec::new()) };
-    let index = index::read(&bytes, sha256).map_err(|error| StageError::Broken {
-        stage: GET_SOURCES,
-        detail: error.to_string(),
-    })?;
+    let index = index::read(&bytes, sha256)
+        .map_err(|error| StageError::Broken { stage: GET_SOURCES, detail: error.to_string() })?;
     Ok(index.submodules)
 }
 
@@ -224,7 +263,8 @@ fn announcement(recursive: bool, depth: i64) -> String {
 }
 
 /// Takes away what at a submodule's path would lead git to a repository that is not known: a link on
-/// the way, a folder `.git`, a file `.git` that points elsewhere.
+/// the way, a folder `.git`, a file `.git` that points elsewhere. The files go with it, since git checks
+/// out into empty folders only.
 async fn secure(
     above: &Utf8Path,
     path: &str,
@@ -240,7 +280,7 @@ async fn secure(
     }
     match git_dir_of(&dir).await? {
         Some(git_dir) if known.contains(&git_dir) => Ok(()),
-        Some(_) | None => hands::remove(&dir.join(".git")).await,
+        Some(_) | None => hands::remove(&dir).await,
     }
 }
 
@@ -285,4 +325,19 @@ fn without_dots(path: &Utf8Path) -> Utf8PathBuf {
         }
     }
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_as_git_writes_them() {
+        let text = "[core]\n\tbare = false\n[remote \"origin\"]\n\turl = https://h/a.git\n\
+                    [submodule \"a \\\"b\\\\c\"]\n\tactive = true\n\turl = https://h/b.git\n\
+                    [submodule \"d\"]\n\turl = \"https://h/c;d.git\"\n[gc]\n\turl = x\n";
+        let expected = [("a \"b\\c", "https://h/b.git"), ("d", "https://h/c;d.git")];
+        let expected = expected.map(|(name, url)| (name.to_owned(), url.to_owned()));
+        assert_eq!(addresses(text), expected);
+    }
 }

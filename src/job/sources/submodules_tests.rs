@@ -101,6 +101,46 @@ async fn what_an_earlier_job_left_in_submodules_is_brought_up_to_date() {
 }
 
 #[tokio::test]
+async fn a_submodule_that_was_gone_for_a_while_comes_back_without_ado() {
+    let served = Served::new().await;
+    nested(&served).await;
+    served.got(&served.job(&[RECURSIVE, FETCH]).await).await;
+    let tracker = served.repository("tracker");
+    let entry = git(&tracker, &["rev-parse", ":lib/geometry"]);
+    git(&tracker, &["rm", "--cached", "--quiet", "lib/geometry"]);
+    fs::remove_dir(tracker.join("lib/geometry")).unwrap();
+    served.publish(PROJECT, &tracker).await;
+    let (plan, _) = served.got(&served.job(&[RECURSIVE, FETCH]).await).await;
+    assert!(!plan.project_dir.join("lib/geometry").exists());
+    fs::create_dir(tracker.join("lib/geometry")).unwrap();
+    git(
+        &tracker,
+        &["update-index", "--add", "--cacheinfo", &format!("160000,{entry},lib/geometry")],
+    );
+    served.publish(PROJECT, &tracker).await;
+    change(&served, "newer").await;
+    let (plan, said) = served.got(&served.job(&[RECURSIVE, FETCH]).await).await;
+    assert_eq!(name(&plan, "lib/geometry/field").as_deref(), Some("field"));
+    assert!(!said.all().contains("once more"), "{}", said.all());
+}
+
+#[tokio::test]
+async fn a_checkout_is_cleaned_after_the_job_with_its_submodules() {
+    let served = Served::new().await;
+    nested(&served).await;
+    let cleanup = [RECURSIVE, FETCH, ("FF_ENABLE_JOB_CLEANUP", "true")];
+    let (plan, _) = served.got(&served.job(&cleanup).await).await;
+    let sub = plan.project_dir.join("lib/geometry");
+    fs::write(sub.join("name"), "changed").unwrap();
+    fs::write(sub.join("field/new"), "").unwrap();
+    let trap = served.root.join("trap");
+    git(&sub.join("field"), &["config", "core.fsmonitor", &format!("touch {trap}")]);
+    release(&plan.project_dir).await.unwrap();
+    assert_eq!(name(&plan, "lib/geometry").as_deref(), Some("geometry"));
+    assert!(!sub.join("field/new").exists() && !trap.exists());
+}
+
+#[tokio::test]
 async fn an_earlier_jobs_traps_in_submodules_are_not_sprung() {
     let served = Served::new().await;
     nested(&served).await;
@@ -170,9 +210,12 @@ async fn an_earlier_jobs_traps_in_submodules_are_not_sprung() {
 #[tokio::test]
 async fn submodules_that_lead_to_this_machine_are_refused_in_gits_own_words() {
     let secret = "1".repeat(40);
+    let here = Served::new().await;
+    let there = here.repository("field");
+    here.publish("hep/field", &there).await;
     for (name, path, url, words) in [
         ("a", "sub", "file:///etc", "fatal: transport 'file' not allowed"),
-        ("a", "sub", "/etc", "fatal: transport 'file' not allowed"),
+        ("a", "sub", there.as_str(), "fatal: transport 'file' not allowed"),
         ("a", "sub", "ext::sh -c touch% trap", "fatal: transport 'ext' not allowed"),
         ("a", "sub", "--upload-pack=touch", "may be interpreted as a command-line option"),
         ("a", "-u./touch", "https://h/x.git", "may be interpreted as a command-line option"),
@@ -261,17 +304,18 @@ async fn paths_depth_and_flags_are_obeyed() {
     add(&tracker, "other", "other", "../field.git", &field);
     served.publish(PROJECT, &tracker).await;
 
+    let clone = ("GIT_STRATEGY", "clone");
     let only = [NORMAL, ("GIT_SUBMODULE_PATHS", "other")];
     let (plan, said) = served.got(&served.job(&only).await).await;
     assert_eq!(name(&plan, "other").as_deref(), Some("field"), "{}", said.all());
     assert_eq!(name(&plan, "lib/geometry"), None);
-    let without = [NORMAL, ("GIT_SUBMODULE_PATHS", ":(exclude)other")];
+    let without = [NORMAL, clone, ("GIT_SUBMODULE_PATHS", ":(exclude)other")];
     let (plan, _) = served.got(&served.job(&without).await).await;
     assert_eq!(name(&plan, "other"), None);
     assert_eq!(name(&plan, "lib/geometry").as_deref(), Some("geometry"));
 
     for (depth, commits) in [("1", "1"), ("2", "2")] {
-        let deep = [NORMAL, ("GIT_SUBMODULE_DEPTH", depth)];
+        let deep = [NORMAL, clone, ("GIT_SUBMODULE_DEPTH", depth)];
         let (plan, said) = served.got(&served.job(&deep).await).await;
         let sub = plan.project_dir.join("lib/geometry");
         assert_eq!(git(&sub, &["rev-list", "--count", "HEAD"]), commits, "{}", said.all());

@@ -521,3 +521,88 @@ fn only_https_and_http_servers_get_credentials() {
         assert_eq!(site(&Url::parse(url).unwrap()).as_deref(), expected, "{url}");
     }
 }
+
+#[test]
+fn submodules_are_reached_as_the_project_is() {
+    let rewrites = |world: &World| {
+        let plan = world.plan();
+        let config = &plan.repository.as_ref().unwrap().config;
+        let of_url = config.iter().filter(|one| one.starts_with("url."));
+        of_url.cloned().collect::<Vec<_>>()
+    };
+    let mut world = World::new();
+    world.payload.git_info.repo_url =
+        Secret::new("https://gitlab-ci-token:t@gitlab.example.org/hep/tracker.git");
+    world.runner.url = "https://gitlab.example.org/".parse().unwrap();
+    assert_eq!(rewrites(&world), [""; 0], "the helper's credentials are for this server already");
+    world.set("CI_SERVER_SHELL_SSH_HOST", "ssh.example.org");
+    world.set("CI_SERVER_SHELL_SSH_PORT", "2222");
+    world.set("GIT_SUBMODULE_FORCE_HTTPS", "true");
+    world.runner.clone_url = Some(Url::parse("http://inside:8080/gitlab/").unwrap());
+    let to = "url.http://inside:8080/gitlab/.insteadOf";
+    assert_eq!(
+        rewrites(&world),
+        [
+            format!("{to}=https://gitlab.example.org/"),
+            format!("{to}=git@ssh.example.org:"),
+            format!("{to}=ssh://git@ssh.example.org/"),
+            format!("{to}=ssh://git@ssh.example.org:2222/"),
+        ]
+    );
+    world.runner.clone_url = None;
+    world.runner.url = "https://gitlab.example.org/root".parse().unwrap();
+    world.set("CI_SERVER_SHELL_SSH_HOST", "odd host");
+    assert_eq!(rewrites(&world), [""; 0], "one address within the other is left alone");
+}
+
+#[test]
+fn git_clone_path_has_its_rules() {
+    let mut world = World::new();
+    let builds = world.runner.builds_dir.clone();
+    let why = |world: &World| {
+        plan(&world.payload, &world.runner, Slot::default()).map(|plan| plan.project_dir)
+    };
+    world.set("GIT_CLONE_PATH", "$CI_BUILDS_DIR/mine/$CI_CONCURRENT_ID");
+    let error = why(&world).unwrap_err().to_string();
+    assert!(
+        error.contains("not allowed") && error.contains("[runners.custom_build_dir]"),
+        "{error}"
+    );
+    world.runner.custom_build_dir = true;
+    assert_eq!(why(&world), Ok(builds.join("mine/0")));
+    world.set("GIT_CLONE_PATH", "$CI_BUILDS_DIR//mine/./x/");
+    assert_eq!(why(&world), Ok(builds.join("mine/x")));
+    for outside in
+        ["/elsewhere", "$CI_BUILDS_DIR", "$CI_BUILDS_DIR/..", "$CI_BUILDS_DIR/a/../../b", "mine"]
+    {
+        world.set("GIT_CLONE_PATH", outside);
+        let error = why(&world).unwrap_err().to_string();
+        assert!(error.ends_with(&format!("has to be below {builds}")), "{error}");
+    }
+    for wide in ["$CI_BUILDS_DIR/short", "$CI_BUILDS_DIR/short/0"] {
+        world.set("GIT_CLONE_PATH", wide);
+        let error = why(&world).unwrap_err().to_string();
+        assert!(error.ends_with("would hold the directories of other jobs"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_link_that_leads_out_of_the_builds_directory_is_not_followed() {
+    let mut world = World::new();
+    world.runner.custom_build_dir = true;
+    world.set("GIT_CLONE_PATH", "$CI_BUILDS_DIR/mine/x");
+    let outside = world.root.join("outside");
+    fs::create_dir_all(outside.join("x")).unwrap();
+    fs::write(outside.join("x/file"), "kept").unwrap();
+    fs::create_dir_all(&world.runner.builds_dir).unwrap();
+    std::os::unix::fs::symlink(&outside, world.runner.builds_dir.join("mine")).unwrap();
+    let (_, result, _) = world.get().await;
+    let Err(StageError::Misconfigured { detail }) = result else { panic!("{result:?}") };
+    assert!(detail.ends_with("leads out of the builds directory"), "{detail}");
+    assert_eq!(fs::read_to_string(outside.join("x/file")).unwrap(), "kept");
+
+    fs::remove_file(world.runner.builds_dir.join("mine")).unwrap();
+    let (plan, _) = world.got().await;
+    assert_eq!(plan.project_dir, world.runner.builds_dir.join("mine/x"));
+    assert_eq!(content(&plan), "one");
+}
