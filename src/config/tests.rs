@@ -142,6 +142,10 @@ unhealthy_requests_limit = 7
 debug_trace_disabled = true
 deadline_reserve = "2m"
 minimum_run_time = "45s"
+mirrors_dir = "/var/cache/mirrors"
+mirrors_keep = "10 days"
+[runners.custom_build_dir]
+enabled = true
 [runners.feature_flags]
 FF_TIMESTAMPS = false
 
@@ -174,6 +178,9 @@ extra = ["--exclusive"]
     assert_eq!(runner.get_sources_timeout, Some(Duration::from_secs(300)));
     assert_eq!(runner.prepare_timeout, Some(Duration::from_secs(600)));
     assert!(!runner.feature_flags["FF_TIMESTAMPS"]);
+    assert!(runner.custom_build_dir);
+    assert_eq!(runner.mirrors_dir.as_deref(), Some(Utf8Path::new("/var/cache/mirrors")));
+    assert_eq!(runner.mirrors_keep, Duration::from_secs(10 * 86_400));
     let backend = &config.backends[&BackendName::from("cluster")];
     assert_eq!(backend.max_queued, Some(200));
     assert_eq!(backend.poll_interval, Some(Duration::from_secs(5)));
@@ -270,6 +277,13 @@ fn no_runners_and_no_file_are_said_with_a_hint() {
 #[test]
 fn two_runners_of_one_name_are_refused() {
     insta::assert_snapshot!(Place::new(&format!("{RUNNER}{RUNNER}{BACKEND}")).message(), @r#"DIR/config.toml:8: a second runner called "one"; the first is on line 2"#);
+}
+
+#[test]
+fn mirrors_lie_where_no_job_writes() {
+    insta::assert_snapshot!(in_runner("builds_dir = \"/b\"\nmirrors_dir = \"/b/mirrors\""), @"DIR/config.toml:2: mirrors_dir: jobs write below /b; mirrors need a place of their own");
+    assert!(in_runner("builds_dir = \"/b/builds\"\nmirrors_dir = \"/b\"").contains("mirrors_dir"));
+    assert!(in_runner("mirrors_dir = \"state/builds/x\"").contains("mirrors_dir"));
 }
 
 #[test]

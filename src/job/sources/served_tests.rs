@@ -79,10 +79,9 @@ impl Served {
         let client = Client::new(ClientOptions::new(self.runner.url.clone())).unwrap();
         let info = Info::new(InfoOptions { name: "bridge".into(), ..InfoOptions::default() });
         let token = Secret::new(self.token.as_str());
-        match client.request_job(&token, "s_0123456789ab", &info, None).await.unwrap() {
-            RequestReply::Job(job) => job.payload,
-            other => panic!("no job: {other:?}"),
-        }
+        let reply = client.request_job(&token, "s_0123456789ab", &info, None).await.unwrap();
+        let RequestReply::Job(job) = reply else { panic!("no job: {reply:?}") };
+        job.payload
     }
 
     pub(super) async fn job(&self, variables: &[(&str, &str)]) -> JobPayload {
