@@ -14,8 +14,8 @@ const FETCH: (&str, &str) = ("GIT_STRATEGY", "fetch");
 
 /// Writes a submodule into `.gitmodules` and the index, without asking anybody.
 fn add(dir: &Utf8Path, name: &str, path: &str, url: &str, sha: &str) {
-    let mut text = fs::read_to_string(dir.join(".gitmodules")).unwrap_or_default();
-    text += &format!("[submodule \"{name}\"]\n\tpath = {path}\n\turl = {url}\n");
+    let before = fs::read_to_string(dir.join(".gitmodules")).unwrap_or_default();
+    let text = format!("{before}[submodule \"{name}\"]\n\tpath = {path}\n\turl = {url}\n");
     fs::write(dir.join(".gitmodules"), text).unwrap();
     git(dir, &["update-index", "--add", "--cacheinfo", &format!("160000,{sha},{path}")]);
     // What is committed is the index; an empty folder keeps `add --all` from removing the entry.
