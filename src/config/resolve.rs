@@ -117,8 +117,7 @@ impl<'a> Place<'a> {
             if let Some(mirrors_dir) = &runner.mirrors_dir
                 && (mirrors_dir.starts_with(&builds_dir) || builds_dir.starts_with(mirrors_dir))
             {
-                let why =
-                    format!("jobs write below {builds_dir}; mirrors need a place of their own");
+                let why = format!("must not share a tree with {builds_dir}, where jobs write");
                 let problem = Problem::Value { key: "mirrors_dir", why };
                 let line = lines.get(&runner.name).copied().unwrap_or(1);
                 return Err(ConfigError::at(&self.source.path, line, problem));

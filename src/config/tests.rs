@@ -281,7 +281,7 @@ fn two_runners_of_one_name_are_refused() {
 
 #[test]
 fn mirrors_lie_where_no_job_writes() {
-    insta::assert_snapshot!(in_runner("builds_dir = \"/b\"\nmirrors_dir = \"/b/mirrors\""), @"DIR/config.toml:2: mirrors_dir: jobs write below /b; mirrors need a place of their own");
+    insta::assert_snapshot!(in_runner("builds_dir = \"/b\"\nmirrors_dir = \"/b/mirrors\""), @"DIR/config.toml:2: `mirrors_dir` must not share a tree with /b, where jobs write");
     assert!(in_runner("builds_dir = \"/b/builds\"\nmirrors_dir = \"/b\"").contains("mirrors_dir"));
     assert!(in_runner("mirrors_dir = \"state/builds/x\"").contains("mirrors_dir"));
 }
