@@ -23,6 +23,7 @@
 //! nowhere else: not in `.git/config`, not in an argument list. [`MaskInputs`] names everything that
 //! must not be seen in the trace.
 
+mod flags;
 mod hands;
 mod paths;
 mod resources;
@@ -39,7 +40,8 @@ use bridge_backend::{EnvVar, JobSpec, Limits};
 use camino::{Utf8Path, Utf8PathBuf};
 use url::Url;
 
-pub use self::settings::{GitStrategy, Settings};
+pub use self::flags::unknown as unknown_flags;
+pub use self::settings::{CacheFormat, CompressionLevel, GitStrategy, Settings, SubmoduleStrategy};
 pub use self::sources::{Output, StageError, Tone};
 
 use self::script::Source;
