@@ -13,12 +13,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::agent::{Agent, AgentSettings, Conditions, Reservations, Shared};
-use crate::config::{BackendEntry, Config, Runner};
+use crate::config::{BackendEntry, Config, ImagePolicy, Runner};
 use crate::domain::clock::{Clock, SystemClock};
 use crate::domain::id::{BackendName, JobId, RunnerName};
 use crate::domain::policy;
 use crate::gitlab::{self, Client, ClientOptions, Info, InfoOptions, identity};
-use crate::job::{RunnerContext, Shell};
+use crate::job::{Containers, RunnerContext, Shell};
 use crate::reconcile::{self, Reconciler, RunnerEntry, Settings, Watcher, World};
 use crate::registry::{Registry, RegistryError};
 use crate::store::{Job, Lock, LockError, OpenError, Store, StoreError};
@@ -280,7 +280,11 @@ fn context(config: &Config, runner: &Runner, system_id: &str) -> RunnerContext {
         get_sources_timeout: runner.get_sources_timeout.or(runner.prepare_timeout),
         debug_trace_disabled: runner.debug_trace_disabled,
         runner_feature_flags: runner.feature_flags.clone(),
-        login_shell: true,
+        login_shell: runner.login_shell,
+        containers: match runner.image {
+            ImagePolicy::Ignore => Containers::Ignore,
+            ImagePolicy::Refuse => Containers::Refuse,
+        },
     }
 }
 

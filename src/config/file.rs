@@ -83,6 +83,8 @@ pub(super) struct RunnerTable {
     #[serde(alias = "tls-key-file")]
     pub(super) tls_key_file: Option<Spanned<String>>,
     pub(super) shell: Option<Spanned<String>>,
+    pub(super) login_shell: Option<bool>,
+    pub(super) image: Option<Spanned<String>>,
     pub(super) clone_url: Option<Spanned<String>>,
     #[serde(alias = "pre_clone_script")]
     pub(super) pre_get_sources_script: Option<String>,

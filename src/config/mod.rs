@@ -78,6 +78,16 @@ pub enum ListenAddress {
     Unix(Utf8PathBuf),
 }
 
+/// What becomes of a job that asks for a container.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ImagePolicy {
+    /// `ignore`: it runs without one, as with gitlab-runner's shell executor, and its trace says so.
+    #[default]
+    Ignore,
+    /// `refuse`: it fails at once.
+    Refuse,
+}
+
 /// One `[backends.NAME]` table.
 #[derive(Clone, PartialEq)]
 pub struct BackendEntry {
@@ -130,6 +140,10 @@ pub struct Runner {
     pub tls_key_file: Option<Utf8PathBuf>,
     /// `shell`: `bash` or `sh`; the backend's best where absent.
     pub shell: Option<String>,
+    /// `login_shell`: whether that shell reads its login profile first, as gitlab-runner's does.
+    pub login_shell: bool,
+    /// `image`: what becomes of a job that asks for a container.
+    pub image: ImagePolicy,
     /// `clone_url`: the instance as git should reach it, where that differs from `url`.
     pub clone_url: Option<Url>,
     /// `pre_get_sources_script`.

@@ -13,7 +13,7 @@ use url::Url;
 use super::error::{ConfigError, Problem};
 use super::file::{DurationText, Environment, FileTable, RunnerTable, nearest, unknown_key};
 use super::secret::{self, ConfigText};
-use super::{BackendEntry, Config, DEFAULT_PORT, ListenAddress, LogFormat, Runner};
+use super::{BackendEntry, Config, DEFAULT_PORT, ImagePolicy, ListenAddress, LogFormat, Runner};
 use crate::domain::id::{BackendName, RunnerName};
 use crate::gitlab::wire::Secret;
 
@@ -221,6 +221,14 @@ impl<'a> Place<'a> {
             }
             shell => shell.map(Spanned::into_inner),
         };
+        let image = match table.image.as_ref().map(|word| word.get_ref().as_str()) {
+            None | Some("ignore") => ImagePolicy::Ignore,
+            Some("refuse") => ImagePolicy::Refuse,
+            Some(_) => {
+                let span = table.image.map_or(header, |word| word.span());
+                return Err(self.value(&span, "image", "must be \"ignore\" or \"refuse\""));
+            }
+        };
         Ok(Runner {
             name: RunnerName(name),
             url,
@@ -240,6 +248,9 @@ impl<'a> Place<'a> {
             tls_cert_file: path("tls_cert_file", table.tls_cert_file)?,
             tls_key_file: path("tls_key_file", table.tls_key_file)?,
             shell,
+            // gitlab-runner's shell executor reads it too, and sites set up their modules there.
+            login_shell: table.login_shell.unwrap_or(true),
+            image,
             clone_url,
             pre_get_sources_script: table.pre_get_sources_script,
             post_get_sources_script: table.post_get_sources_script,

@@ -132,6 +132,8 @@ output_limit = 1
 tls-ca-file = "ca.pem"
 tls_cert_file = "/etc/cert.pem"
 shell = "bash"
+login_shell = false
+image = "refuse"
 clone_url = "http://inside:8080"
 pre_get_sources_script = "echo a"
 pre_clone_script_not = false
@@ -174,6 +176,8 @@ extra = ["--exclusive"]
     assert_eq!(runner.get_sources_timeout, Some(Duration::from_secs(300)));
     assert_eq!(runner.prepare_timeout, Some(Duration::from_secs(600)));
     assert!(!runner.feature_flags["FF_TIMESTAMPS"]);
+    assert!(!runner.login_shell);
+    assert_eq!(runner.image, ImagePolicy::Refuse);
     let backend = &config.backends[&BackendName::from("cluster")];
     assert_eq!(backend.max_queued, Some(200));
     assert_eq!(backend.poll_interval, Some(Duration::from_secs(5)));
@@ -351,6 +355,7 @@ fn numbers_words_and_types_are_checked() {
     insta::assert_snapshot!(top("concurrent = \"many\""), @r#"DIR/config.toml:1: invalid type: string "many", expected usize"#);
     insta::assert_snapshot!(top("log_level = \"inof\""), @r#"DIR/config.toml:1: `log_level` must be one of trace, debug, info, warn, error, not "inof"; did you mean "info"?"#);
     insta::assert_snapshot!(top("log_format = \"xml\""), @r#"DIR/config.toml:1: `log_format` must be "text" or "json", not "xml""#);
+    insta::assert_snapshot!(in_runner("image = \"pull\""), @r#"DIR/config.toml:7: `image` must be "ignore" or "refuse""#);
     insta::assert_snapshot!(in_runner("shell = \"fish\""), @r#"DIR/config.toml:7: `shell` must be "bash" or "sh""#);
     let nameless = RUNNER.replace("name = \"one\"\n", "");
     insta::assert_snapshot!(Place::new(&format!("{nameless}{BACKEND}")).message(), @"DIR/config.toml:2: missing field `name`");

@@ -45,7 +45,7 @@ const FEATURES: &[(&str, bool)] = &[
     ("cancel_gracefully", true),
     ("native_steps_integration", false),
     ("two_phase_job_commit", false),
-    ("job_inputs", false),
+    ("job_inputs", true),
 ];
 
 /// What differs from runner to runner; empty texts are left out.
@@ -216,6 +216,7 @@ mod tests {
             [
                 "cancel_gracefully",
                 "cancelable",
+                "job_inputs",
                 "masking",
                 "multi_build_steps",
                 "raw_variables",

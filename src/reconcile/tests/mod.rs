@@ -22,7 +22,7 @@ use crate::domain::clock::ManualClock;
 use crate::domain::id::CiJobId;
 use crate::gitlab::wire::Secret;
 use crate::gitlab::{Client, ClientOptions, Info, InfoOptions, RequestReply};
-use crate::job::{RunnerContext, Shell};
+use crate::job::{Containers, RunnerContext, Shell};
 use crate::store::EventRow;
 use crate::trace::strip_headers;
 
@@ -166,6 +166,7 @@ impl Scene {
             tls_key_file: None,
             get_sources_timeout: None,
             debug_trace_disabled: false,
+            containers: Containers::Ignore,
             runner_feature_flags: BTreeMap::new(),
         }
     }
