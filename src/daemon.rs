@@ -21,7 +21,7 @@ use crate::gitlab::{self, Client, ClientOptions, Info, InfoOptions, identity};
 use crate::job::{RunnerContext, Shell};
 use crate::reconcile::{self, Reconciler, RunnerEntry, Settings, Watcher, World};
 use crate::registry::{Registry, RegistryError};
-use crate::store::{Job, Lock, LockError, OpenError, Store, StoreError};
+use crate::store::{Job, KeyFileError, Keyring, Lock, LockError, OpenError, Store, StoreError};
 use crate::telemetry::{CallKind, Chain, Metrics, RunnerLabels, RunnerSettings};
 
 /// How often old jobs are removed.
@@ -48,6 +48,9 @@ pub enum StartError {
     /// The database does not open.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The key file cannot be used.
+    #[error(transparent)]
+    Key(#[from] KeyFileError),
     /// The database does not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -145,6 +148,13 @@ fn random() -> u128 {
 /// Reads the point of the crash table at which a test wants the process to die.
 fn crash_at() -> Option<String> {
     std::env::var("BRIDGE_CRASH_AT").ok().filter(|name| !name.is_empty())
+}
+
+/// Dies at a point, if a test asked for it.
+pub(crate) fn crash_point(name: &str) {
+    if crash_at().as_deref() == Some(name) {
+        reconcile::crash(name);
+    }
 }
 
 /// Gives this machine's name.
@@ -313,7 +323,8 @@ impl Daemon {
         let lock = Lock::acquire(&config.state_dir)?;
         let tracker = TaskTracker::new();
         let store_tracker = TaskTracker::new();
-        let store = Store::open(&config.state_dir, &store_tracker).await?;
+        let keys = Keyring::read(&config.key_file)?;
+        let store = Store::open(&config.state_dir, keys, &store_tracker).await?;
         check_owed(&store, &config).await?;
         let assembled = assemble(&config, registry, &BTreeMap::new())?;
         let spool_dir = config.state_dir.join("spool");
@@ -417,6 +428,9 @@ impl Daemon {
         let old = self.config();
         if old.state_dir != config.state_dir {
             return Err(StartError::NeedsRestart("state_dir"));
+        }
+        if old.key_file != config.key_file {
+            return Err(StartError::NeedsRestart("key_file"));
         }
         if old.listen_address != config.listen_address {
             return Err(StartError::NeedsRestart("listen_address"));

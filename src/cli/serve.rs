@@ -12,7 +12,7 @@ use crate::cli::exit::{Exit, Failure};
 use crate::config;
 use crate::daemon::{Daemon, Labels, StartError};
 use crate::http::{self, HealthSource, Pages, Problem, WhoseMove};
-use crate::store::{LockError, Store};
+use crate::store::{KeyFileError, LockError, OpenError, Store};
 use crate::telemetry::{self, BuildInfo, Chain, JobCount, Metrics, Snapshot};
 
 /// Take jobs from GitLab and see them through, until told to stop
@@ -189,6 +189,10 @@ fn refuse(error: StartError) -> Failure {
         | StartError::StillOwed { .. }
         | StartError::NeedsRestart(_)
         | StartError::Client { .. }
+        | StartError::Key(_)
+        | StartError::Open(
+            OpenError::KeyMissing { .. } | OpenError::KeyWrong { .. } | OpenError::KeyFile { .. },
+        )
         | StartError::Lock(LockError::Network { .. }) => Exit::Configuration,
         StartError::Lock(LockError::Io { .. })
         | StartError::Open(_)
@@ -212,6 +216,11 @@ fn hint(error: &StartError) -> Option<&'static str> {
         StartError::Lock(LockError::Network { .. }) => {
             Some("set state_dir to a directory on this machine's own disk, such as /var/lib/bridge")
         }
+        StartError::Open(OpenError::KeyMissing { .. } | OpenError::KeyWrong { .. }) => {
+            Some(KEY_LOST)
+        }
+        StartError::Key(error) => key_file_hint(error),
+        StartError::Open(OpenError::KeyFile { source }) => key_file_hint(source),
         StartError::Open(crate::store::OpenError::Newer { .. }) => {
             Some("start the newer bridge again, or restore a backup made before the upgrade")
         }
@@ -228,6 +237,23 @@ fn hint(error: &StartError) -> Option<&'static str> {
         | StartError::Directory { .. }
         | StartError::StillOwed { .. }
         | StartError::NeedsRestart(_) => None,
+    }
+}
+
+/// What an operator can do about a key that is not there.
+pub(in crate::cli) const KEY_LOST: &str = "put the key file back from its copy, or name it with `key_file`; \
+     if it is lost for good, `bridge db rekey --give-up` lets bridge start without what was sealed: \
+     nobody can report those jobs then, and GitLab fails them after a while";
+
+/// What an operator can do about a key file that cannot be trusted.
+pub(in crate::cli) fn key_file_hint(error: &KeyFileError) -> Option<&'static str> {
+    match error {
+        KeyFileError::Mode { .. } => Some("run chmod 600 on it, and `bridge db rekey` if it was read"),
+        KeyFileError::Owner { .. } => Some("run chown on it, or start bridge as its owner"),
+        KeyFileError::Line { .. } | KeyFileError::Empty { .. } | KeyFileError::Missing { .. } => {
+            Some("put the key file back from its copy, or name it with `key_file`")
+        }
+        KeyFileError::Io { .. } => None,
     }
 }
 

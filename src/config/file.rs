@@ -40,6 +40,7 @@ const FOREIGN: [(&str, &str); 14] = [
 #[serde(deny_unknown_fields)]
 pub(super) struct FileTable {
     pub(super) state_dir: Option<Spanned<String>>,
+    pub(super) key_file: Option<Spanned<String>>,
     pub(super) concurrent: Option<Spanned<usize>>,
     pub(super) check_interval: Option<Spanned<DurationText>>,
     pub(super) log_level: Option<Spanned<String>>,

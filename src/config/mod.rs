@@ -43,6 +43,8 @@ pub struct Config {
     pub path: Utf8PathBuf,
     /// `state_dir`: database and spools; must be a local disk.
     pub state_dir: Utf8PathBuf,
+    /// `key_file`: the keys that seal what the database holds of jobs; outside `state_dir`.
+    pub key_file: Utf8PathBuf,
     /// `concurrent`: jobs in flight, all runners together.
     pub concurrent: usize,
     /// `check_interval`: the pause between two requests for a job of one runner.
@@ -250,6 +252,16 @@ pub fn default_path(from_env: Option<String>, root: bool, home: Option<String>) 
         (Some(path), _) => path.into(),
         (None, Some(home)) => Utf8PathBuf::from(home).join(".config/bridge/config.toml"),
         (None, None) => "/etc/bridge/config.toml".into(),
+    }
+}
+
+/// Says where the keys are when the configuration does not say: beside it, where a copy of the state
+/// directory does not take them along. Configurations that share a directory share no keys: each may
+/// exchange its own.
+pub fn default_key_file(config: &Utf8Path) -> Utf8PathBuf {
+    match config.file_stem() {
+        None | Some("config") => config.with_file_name("bridge.key"),
+        Some(stem) => config.with_file_name(format!("{stem}.key")),
     }
 }
 

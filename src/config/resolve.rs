@@ -110,9 +110,14 @@ impl<'a> Place<'a> {
             Some(text) => self.path("state_dir", &text)?,
             None => super::default_state_dir(self.dir),
         };
+        let key_file = match file.key_file {
+            Some(text) => self.path("key_file", &text)?,
+            None => super::default_key_file(&self.source.path),
+        };
         Ok(Config {
             path: self.source.path.clone(),
             state_dir,
+            key_file,
             concurrent: self.at_least_one("concurrent", file.concurrent.as_ref(), CONCURRENT)?,
             check_interval: self
                 .duration("check_interval", file.check_interval.as_ref(), Bare::Seconds)?

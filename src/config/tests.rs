@@ -72,6 +72,7 @@ fn a_small_file_has_every_default() {
     let config = place.load().unwrap();
     assert_eq!(config.path, place.path("config.toml"));
     assert_eq!(config.state_dir, place.path("state"));
+    assert_eq!(config.key_file, place.path("bridge.key"));
     assert_eq!((config.concurrent, config.check_interval), (100, Duration::from_secs(3)));
     assert_eq!(config.retention, Duration::from_secs(30 * 86_400));
     assert_eq!(config.lost_after, Duration::from_secs(1800));

@@ -9,7 +9,8 @@ use crate::domain::id::JobId;
 use crate::gitlab::wire::{JobPayload, Secret};
 use crate::job::{self, Plan, Slot};
 use crate::reconcile::{Inner, PREPARED_MOST, PREPARED_SIZE, RunnerEntry, Step, StepError};
-use crate::store::Job;
+use crate::store::{Job, StoreError};
+use crate::telemetry::Chain;
 use crate::trace::mask::default_prefixes;
 use crate::trace::{Carry, Composer, ComposerOptions, Masker, Opened, Spool};
 
@@ -61,6 +62,21 @@ impl Inner {
         self.settings().spool_dir.join(format!("{id}.trace"))
     }
 
+    /// Reads a job's payload.
+    ///
+    /// One that was changed in the database is as good as empty: it makes no sense, and all callers
+    /// know what to do then.
+    pub(in crate::reconcile) async fn payload(&self, id: JobId) -> Result<Secret, StepError> {
+        match self.store.payload(id).await {
+            Ok(text) => text.ok_or(StepError::NoPayload),
+            Err(error @ StoreError::Sealed { .. }) => {
+                tracing::error!(job = %id, error = %Chain(&error), "the payload cannot be read");
+                Ok(Secret::new(""))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Gives a job's payload and plan, from memory or made again.
     pub(in crate::reconcile) async fn prepared(
         &self,
@@ -70,7 +86,7 @@ impl Inner {
         if let Some(known) = self.desktop().prepared.get(&job.id) {
             return Ok(Arc::clone(known));
         }
-        let text = self.store.payload(job.id).await?.ok_or(StepError::NoPayload)?;
+        let text = self.payload(job.id).await?;
         let payload: JobPayload =
             serde_json::from_str(text.expose()).map_err(StepError::Payload)?;
         let large = text.expose().len() > PREPARED_SIZE;
@@ -86,7 +102,7 @@ impl Inner {
             .iter()
             .copied()
             .chain(inputs.prefixes.iter().map(String::as_str));
-        let mask = Arc::new(Masker::new(inputs.phrases.iter().map(Secret::expose), prefixes)?);
+        let mask = Arc::new(Masker::of_secrets(inputs.phrases.iter().map(Secret::expose), prefixes)?);
         let prepared = Arc::new(Prepared { payload, plan, mask, waiting: Mutex::new(None) });
         if large {
             return Ok(prepared);

@@ -52,7 +52,7 @@ impl Step<'_> {
 
     /// The same without understanding the whole payload: ten thousand waiting jobs are touched.
     pub(in crate::reconcile) async fn touch_by_token(&mut self) -> Result<Heard, StepError> {
-        let text = self.r.store.payload(self.job.id).await?.ok_or(StepError::NoPayload)?;
+        let text = self.r.payload(self.job.id).await?;
         let only: TokenOnly = serde_json::from_str(text.expose()).map_err(StepError::Payload)?;
         drop(text);
         self.touch_with(&only.token).await
@@ -220,7 +220,7 @@ impl Step<'_> {
                 prepared.payload.token.clone()
             }
             None => {
-                let text = self.r.store.payload(self.job.id).await?.ok_or(StepError::NoPayload)?;
+                let text = self.r.payload(self.job.id).await?;
                 let Ok(only) = serde_json::from_str::<TokenOnly>(text.expose()) else {
                     // Without its token nobody can say anything about it; GitLab ends it.
                     return self.abandon("its payload cannot be read".to_owned()).await;

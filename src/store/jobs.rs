@@ -12,7 +12,7 @@ use crate::domain::job::{Event, JobState};
 use crate::gitlab::wire::Secret;
 use crate::store::events::{self, Actor};
 use crate::store::rows::{COLUMNS, CancelBy, Job};
-use crate::store::{Store, StoreError, database};
+use crate::store::{Store, StoreError, database, sealed};
 
 /// A job as the agent received it.
 #[derive(Clone, Debug)]
@@ -152,8 +152,14 @@ impl Store {
     /// When the database does not take it.
     pub async fn receive(&self, new: NewJob) -> Result<Received, StoreError> {
         let hints = Arc::clone(&self.slots);
+        // Before it stands in line: nobody else's write waits for it.
+        let row = new.id.to_string();
+        let sealed = self
+            .keys
+            .seal(sealed::payload_of(&row), new.payload.expose().as_bytes())
+            .map_err(|source| sealed::unsealable(&row, source))?;
         self.write("jobs::receive", move |c| {
-            Box::pin(async move { receive(c, &new, &hints).await })
+            Box::pin(async move { receive(c, &new, sealed, &hints).await })
         })
         .await
     }
@@ -372,23 +378,24 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// When the database cannot be read.
+    /// When the database cannot be read, or the payload was sealed with a key that this store lacks.
     pub async fn payload(&self, id: JobId) -> Result<Option<Secret>, StoreError> {
-        let text: Option<String> = sqlx::query_scalar(
+        let sealed: Option<Vec<u8>> = sqlx::query_scalar(
             "-- jobs::payload
-             SELECT ci_payload FROM payloads WHERE job = ?",
+             SELECT sealed FROM payloads WHERE job = ?",
         )
         .bind(id.to_string())
         .fetch_optional(&self.read)
         .await
         .map_err(database("jobs::payload"))?;
-        Ok(text.map(Secret::new))
+        sealed.map(|sealed| sealed::open_payload(&self.keys, id, sealed)).transpose()
     }
 }
 
 async fn receive(
     c: &mut SqliteConnection,
     new: &NewJob,
+    sealed: Vec<u8>,
     hints: &SlotHints,
 ) -> Result<Received, StoreError> {
     let slot = free_slot(c, new, hints, None).await?;
@@ -423,10 +430,10 @@ async fn receive(
     }
     sqlx::query(
         "-- jobs::receive_payload
-         INSERT INTO payloads (job, ci_payload) VALUES (?, ?)",
+         INSERT INTO payloads (job, sealed) VALUES (?, ?)",
     )
     .bind(new.id.to_string())
-    .bind(new.payload.expose())
+    .bind(sealed)
     .execute(&mut *c)
     .await
     .map_err(database("jobs::receive_payload"))?;

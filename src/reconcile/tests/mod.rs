@@ -23,7 +23,7 @@ use crate::domain::id::CiJobId;
 use crate::gitlab::wire::Secret;
 use crate::gitlab::{Client, ClientOptions, Info, InfoOptions, RequestReply};
 use crate::job::{RunnerContext, Shell};
-use crate::store::EventRow;
+use crate::store::{EventRow, Keyring};
 use crate::trace::strip_headers;
 
 /// More turns than any test needs: each is a second of the test's time.
@@ -173,7 +173,7 @@ impl Scene {
     /// Starts a process whose backend is `wrapped`.
     async fn open(&self, store: impl FnOnce(Store) -> Store, wrapped: Arc<dyn Backend>) -> Life {
         let (tracker, store_tracker) = (TaskTracker::new(), TaskTracker::new());
-        let opened = Store::open(&self.path("state"), &store_tracker).await.unwrap();
+        let opened = Store::open(&self.path("state"), Keyring::for_tests(), &store_tracker).await.unwrap();
         let store = store(opened);
         std::fs::create_dir_all(self.path("spool")).unwrap();
         let client = Client::new(ClientOptions::new(self.url.parse().unwrap())).unwrap();
