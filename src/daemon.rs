@@ -329,6 +329,7 @@ impl Daemon {
         let assembled = assemble(&config, registry, &BTreeMap::new())?;
         let spool_dir = config.state_dir.join("spool");
         make_dir(&spool_dir)?;
+        reconcile::clear_leftovers(&store, &spool_dir).await?;
         let shutdown = CancellationToken::new();
         let labels = Labels::default();
         labels.set(&config, &system_id(config.dir()).map_err(StartError::Identity)?);

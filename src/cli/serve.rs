@@ -248,7 +248,9 @@ pub(in crate::cli) const KEY_LOST: &str = "put the key file back from its copy, 
 /// What an operator can do about a key file that cannot be trusted.
 pub(in crate::cli) fn key_file_hint(error: &KeyFileError) -> Option<&'static str> {
     match error {
-        KeyFileError::Mode { .. } => Some("run chmod 600 on it, and `bridge db rekey` if it was read"),
+        KeyFileError::Mode { .. } => {
+            Some("run chmod 600 on it, and `bridge db rekey` if it was read")
+        }
         KeyFileError::Owner { .. } => Some("run chown on it, or start bridge as its owner"),
         KeyFileError::Line { .. } | KeyFileError::Empty { .. } | KeyFileError::Missing { .. } => {
             Some("put the key file back from its copy, or name it with `key_file`")

@@ -573,16 +573,18 @@ async fn the_doctor_looks_at_everything_once() {
             "file modes",
             "file system",
             "free disk",
+            "key file",
             "clock",
             "token",
             "token",
             "backend"
         ]
     );
-    for finding in &findings[..10] {
+    for finding in &findings[..11] {
         assert_ne!(finding["result"], "fail", "{finding}");
     }
     assert_eq!(find(&findings, "token")["detail"], "runner #3");
+    assert_eq!(find(&findings, "key file")["detail"], "made at the first start");
     assert_eq!(find(&findings, "clock")["result"], "ok");
     let backend = find(&findings, "backend");
     assert_eq!((&backend["result"], &backend["whose_move"]), (&json!("fail"), &json!("operator")));

@@ -287,7 +287,7 @@ pub fn plan(payload: &JobPayload, runner: &RunnerContext, slot: Slot) -> Result<
     let timeout = Duration::from_secs(payload.timeout_secs());
     Ok(Plan {
         warnings,
-        mask: mask(payload, &variables, repository.as_ref(), &settings),
+        mask: mask(payload, runner, &variables, repository.as_ref(), &settings),
         debug_trace: settings.debug_trace,
         timestamps: settings.flag("FF_TIMESTAMPS"),
         sections: payload.features.trace_sections,
@@ -375,6 +375,7 @@ fn left_out(payload: &JobPayload, variables: &Variables) -> Option<String> {
 /// Collects what must not be seen: also what the official runner leaves to others.
 fn mask(
     payload: &JobPayload,
+    runner: &RunnerContext,
     variables: &Variables,
     repository: Option<&Repository>,
     settings: &Settings,
@@ -382,6 +383,12 @@ fn mask(
     let url = Url::parse(payload.git_info.repo_url.expose()).ok();
     let encoded = url.as_ref().and_then(Url::password).unwrap_or_default();
     let mut texts: Vec<&str> = variables.masked().collect();
+    // As they came, too: not everything that prints them expands them first.
+    let masked = payload.variables.iter().filter(|variable| variable.masked);
+    texts.extend(masked.map(|variable| variable.value.expose()));
+    let of_runner = runner.clone_url.as_ref().and_then(Url::password).unwrap_or_default();
+    let of_runner_decoded = paths::percent_decoded(of_runner).unwrap_or_default();
+    texts.extend([of_runner, &of_runner_decoded]);
     texts.push(payload.token.expose());
     texts.push(encoded);
     texts.extend(repository.map(Repository::password));

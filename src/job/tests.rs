@@ -190,6 +190,7 @@ fn everything_secret_is_masked() {
         "dependency",
         "glcbt-token",
         "hidden again",
+        "hidden-$D",
         "hidden-x",
         "p%40ss",
         "p@ss",

@@ -102,7 +102,8 @@ impl Inner {
             .iter()
             .copied()
             .chain(inputs.prefixes.iter().map(String::as_str));
-        let mask = Arc::new(Masker::of_secrets(inputs.phrases.iter().map(Secret::expose), prefixes)?);
+        let mask =
+            Arc::new(Masker::of_secrets(inputs.phrases.iter().map(Secret::expose), prefixes)?);
         let prepared = Arc::new(Prepared { payload, plan, mask, waiting: Mutex::new(None) });
         if large {
             return Ok(prepared);

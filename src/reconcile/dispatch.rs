@@ -12,7 +12,7 @@ use crate::domain::verdict::Cause;
 use crate::job::{Output, Plan, StageError, Tone};
 use crate::reconcile::desk::{Desk, Prepared};
 use crate::reconcile::report::Heard;
-use crate::reconcile::{Flow, News, Step, StepError};
+use crate::reconcile::{Flow, News, Step, StepError, leftovers};
 use crate::store::CancelBy;
 use crate::telemetry::Chain;
 use crate::trace::{Flush, Section, Style};
@@ -137,6 +137,9 @@ impl Step<'_> {
             Ok(worker) => worker,
             Err(stopped) => return self.stopped(stopped).await,
         };
+        leftovers::note(&self.r.settings().spool_dir, self.job.id, &plan.project_dir)
+            .await
+            .map_err(StepError::Note)?;
         let mut desk = self.open_desk(&prepared)?;
         if self.job.trace_len == 0 {
             self.write_head(&mut desk, plan);

@@ -15,6 +15,7 @@
 mod backends;
 mod desk;
 mod dispatch;
+mod leftovers;
 mod observe;
 mod release;
 mod report;
@@ -32,6 +33,8 @@ use jiff::Timestamp;
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+pub use crate::reconcile::leftovers::clear_leftovers;
 
 use crate::domain::clock::Clock;
 use crate::domain::id::{BackendName, JobId, RunnerName};
@@ -208,6 +211,8 @@ pub(in crate::reconcile) enum StepError {
     GitLab(#[source] gitlab::Error),
     #[error("tell GitLab: it answered {0}")]
     Busy(u16, Option<Duration>),
+    #[error("note the job's workspace")]
+    Note(#[source] std::io::Error),
     #[error("remove what the job left behind")]
     Leftovers(#[source] job::StageError),
     #[error("find {0} in the configuration")]
@@ -542,6 +547,7 @@ impl Inner {
             | StepError::Payload(_)
             | StepError::NoPayload
             | StepError::GitLab(_)
+            | StepError::Note(_)
             | StepError::Leftovers(_)
             | StepError::Unconfigured(_) => None,
         };

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use crate::domain::policy;
 use crate::job;
-use crate::reconcile::{Flow, News, Step, StepError};
+use crate::reconcile::{Flow, News, Step, StepError, leftovers};
 use crate::store::CancelBy;
 use crate::telemetry::Chain;
 
@@ -57,15 +57,19 @@ impl Step<'_> {
                 return Ok(flow);
             }
         }
-        if let Some(workspace) = &self.job.workspace
-            && let Err(error) = job::cleanup(workspace).await
-        {
-            if policy::since(now, self.job.state_at) < policy::LEFTOVERS_PATIENCE {
-                return Err(StepError::Leftovers(error));
+        if let Some(workspace) = &self.job.workspace {
+            match job::cleanup(workspace).await {
+                Ok(()) => leftovers::drop_note(&self.r.settings().spool_dir, self.job.id).await,
+                Err(error) => {
+                    if policy::since(now, self.job.state_at) < policy::LEFTOVERS_PATIENCE {
+                        return Err(StepError::Leftovers(error));
+                    }
+                    // Its note stays: each start tries again.
+                    tracing::error!(
+                        job = %self.job.id, error = %Chain(&error), "private files of the job remain"
+                    );
+                }
             }
-            tracing::error!(
-                job = %self.job.id, error = %Chain(&error), "private files of the job remain"
-            );
         }
         if let Some(job_ref) = self.job.job_ref() {
             self.call("release", self.backend.release(&job_ref))

@@ -9,8 +9,8 @@ use sqlx::{ConnectOptions as _, Connection as _, Row as _};
 use crate::domain::id::JobId;
 use crate::store::keyring::{Belongs, KeyFileError, KeyId, Keyring, OPEN, SEALED, SealError};
 use crate::store::{
-    Lock, OpenError, Purpose, StoreError, database, database_path, known_schema, open_error, options,
-    schema_of,
+    Lock, OpenError, Purpose, StoreError, database, database_path, known_schema, open_error,
+    options, schema_of,
 };
 
 /// How many rows one transaction seals anew.
@@ -132,7 +132,8 @@ pub(in crate::store) async fn settle(
     };
     if wanted.unsealed > 0 {
         let done = seal_again(connection, &ring, Which::Unsealed, &|_name| {});
-        let rows = done.await.map_err(|source| OpenError::Seal { path: path.to_owned(), source })?;
+        let rows =
+            done.await.map_err(|source| OpenError::Seal { path: path.to_owned(), source })?;
         empty(connection).await.map_err(failed)?;
         tracing::info!(rows, "payloads that an older bridge stored readable are sealed now");
     }
@@ -242,8 +243,7 @@ async fn give_up(connection: &mut SqliteConnection, ring: &Keyring) -> Result<()
         if KeyId::from_slice(&key).is_some_and(|id| ids.contains(&id)) {
             continue;
         }
-        let empty =
-            ring.seal(payload_of(&job), b"").map_err(|source| unsealable(&job, source))?;
+        let empty = ring.seal(payload_of(&job), b"").map_err(|source| unsealable(&job, source))?;
         sqlx::query(
             "-- sealed::empty_row
              UPDATE payloads SET sealed = ? WHERE job = ?",

@@ -303,7 +303,8 @@ async fn a_database_from_the_future_is_refused_and_left_alone() {
         .unwrap();
     raw.close().await.unwrap();
     let before = std::fs::read(database_path(path(&dir))).unwrap();
-    let error = Store::open(path(&dir), Keyring::for_tests(), &TaskTracker::new()).await.unwrap_err();
+    let error =
+        Store::open(path(&dir), Keyring::for_tests(), &TaskTracker::new()).await.unwrap_err();
     assert!(matches!(error, OpenError::Newer { found: 99, .. }), "{error}");
     assert_eq!(std::fs::read(database_path(path(&dir))).unwrap(), before);
 }
@@ -312,7 +313,8 @@ async fn a_database_from_the_future_is_refused_and_left_alone() {
 async fn a_damaged_database_is_named_so() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(database_path(path(&dir)), vec![7_u8; 8192]).unwrap();
-    let error = Store::open(path(&dir), Keyring::for_tests(), &TaskTracker::new()).await.unwrap_err();
+    let error =
+        Store::open(path(&dir), Keyring::for_tests(), &TaskTracker::new()).await.unwrap_err();
     assert!(matches!(error, OpenError::Damaged { .. }), "{error}");
 }
 
@@ -487,7 +489,7 @@ impl Keyed {
     async fn rekey(&self, die_at: &'static str, nth: usize) -> Option<Rekeyed> {
         let (state, key) = (self.state.clone(), self.key.clone());
         let seen = AtomicU64::new(0);
-        let task = tokio::spawn(async move {
+        let task = TaskTracker::new().spawn(async move {
             let lock = Lock::acquire(&state).unwrap();
             rekey(&state, &key, &lock, LostRows::Refuse, &|name| {
                 let times = seen.fetch_add(u64::from(name == die_at), Ordering::Relaxed) + 1;

@@ -189,8 +189,7 @@ impl Masker {
                 live[end.as_usize()] = live[other.as_usize()];
             }
         }
-        let starts =
-            Starts::new(patterns.iter().map(|(pattern, _)| pattern.as_slice()), &URL_KEYS);
+        let starts = Starts::new(patterns.iter().map(|(pattern, _)| pattern.as_slice()), &URL_KEYS);
         Ok(Self {
             root,
             is_prefix: patterns.iter().map(|(_, is_prefix)| *is_prefix).collect(),

@@ -98,10 +98,7 @@ fn beginnings(name: &[u8]) -> Vec<Vec<u8>> {
 
 impl Starts {
     /// Makes the tables for these patterns, of which none is empty, and for names of URL parameters.
-    pub(super) fn new<'a>(
-        patterns: impl Iterator<Item = &'a [u8]>,
-        parameters: &[&[u8]],
-    ) -> Self {
+    pub(super) fn new<'a>(patterns: impl Iterator<Item = &'a [u8]>, parameters: &[&[u8]]) -> Self {
         let patterns: Vec<&[u8]> = patterns.collect();
         let parameters: Vec<Vec<u8>> =
             parameters.iter().flat_map(|name| beginnings(name)).collect();
@@ -275,7 +272,7 @@ mod tests {
         let starts = Starts::new([&b"abcdefghijkl"[..]].into_iter(), &[]);
         for cut in 1..12 {
             for before in 0..12 {
-                let text = format!("{}{}", ".".repeat(before), &"abcdefghijkl"[..cut]);
+                let text = format!("{}{}", ".".repeat(before), "abcdefghijkl".split_at(cut).0);
                 assert_eq!(starts.next(text.as_bytes(), 0), before, "{text}");
             }
         }

@@ -18,6 +18,7 @@ mod layering;
 mod lifecycle;
 mod outage;
 mod readme;
+mod secrets;
 mod slurm;
 mod support;
 mod trace;

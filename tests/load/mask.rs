@@ -54,12 +54,44 @@ const HEX: &[u8] = b"0123456789abcdef";
 const ALNUM: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
 const BASE64: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 const NAMES: &[&str] = &[
-    "tracker", "geometry", "alignment", "simulation", "calorimeter", "reconstruction", "global",
-    "field", "vertex", "digitization", "hits", "cluster", "patch", "parameters", "token", "private",
+    "tracker",
+    "geometry",
+    "alignment",
+    "simulation",
+    "calorimeter",
+    "reconstruction",
+    "global",
+    "field",
+    "vertex",
+    "digitization",
+    "hits",
+    "cluster",
+    "patch",
+    "parameters",
+    "token",
+    "private",
 ];
 const WORDS: &[&str] = &[
-    "the", "configuration", "of", "detector", "was", "loaded", "from", "warning:", "unused", "variable",
-    "in", "function", "expected", "passed", "failed", "skipped", "after", "seconds", "with", "status",
+    "the",
+    "configuration",
+    "of",
+    "detector",
+    "was",
+    "loaded",
+    "from",
+    "warning:",
+    "unused",
+    "variable",
+    "in",
+    "function",
+    "expected",
+    "passed",
+    "failed",
+    "skipped",
+    "after",
+    "seconds",
+    "with",
+    "status",
 ];
 
 /// Makes secrets as they are: tokens, passwords, keys.
@@ -88,16 +120,23 @@ fn log(secrets: &[String]) -> Vec<u8> {
                 "[{:3}%] Building CXX object src/{a}/CMakeFiles/{b}.dir/src/{b}_{c}.cpp.o\n",
                 number % 100
             ),
-            2 => format!("/builds/hep/{a}/src/{b}.cpp:{number}:17: warning: unused parameter '{c}'\n"),
-            3 => format!("2026-03-0{}T12:{:02}:07.{number:04}Z INFO {a}::{b} {c}=0x{number:08x}\n",
-                number % 9 + 1, number % 60),
+            2 => format!(
+                "/builds/hep/{a}/src/{b}.cpp:{number}:17: warning: unused parameter '{c}'\n"
+            ),
+            3 => format!(
+                "2026-03-0{}T12:{:02}:07.{number:04}Z INFO {a}::{b} {c}=0x{number:08x}\n",
+                number % 9 + 1,
+                number % 60
+            ),
             4 => format!("test {a}::{b}::{c}_{number} ... ok ({}.{number:04} s)\n", number % 60),
             5 => format!("Step {number}/10000 : RUN apt-get install -y lib{a}-dev lib{b}{c}-dev\n"),
             6 => format!(
                 "https://registry.example.org/v2/{a}/{b}/blobs/sha256:{}?from={c}&n={number}\n",
                 random.word(HEX, 64)
             ),
-            7 => format!("{{\"level\":\"info\",\"module\":\"{a}\",\"{b}\":{number},\"msg\":\"{c}\"}}\n"),
+            7 => format!(
+                "{{\"level\":\"info\",\"module\":\"{a}\",\"{b}\":{number},\"msg\":\"{c}\"}}\n"
+            ),
             8 => format!("   Compiling {a}-{b} v{}.{number}.0 (/work/{c})\n", number % 10),
             9 => format!("+ export {}={}\n", a.to_uppercase(), random.word(ALNUM, 12)),
             _ => {
@@ -107,7 +146,8 @@ fn log(secrets: &[String]) -> Vec<u8> {
         };
         text.push_str(&line);
         if random.below(500) == 0 {
-            text.push_str(&format!("+ curl -H 'Token: {}'\n", secrets[random.below(secrets.len())]));
+            let secret = &secrets[random.below(secrets.len())];
+            text.extend(["+ curl -H 'Token: ", secret, "'\n"]);
         }
     }
     text.into_bytes()

@@ -173,7 +173,8 @@ impl Scene {
     /// Starts a process whose backend is `wrapped`.
     async fn open(&self, store: impl FnOnce(Store) -> Store, wrapped: Arc<dyn Backend>) -> Life {
         let (tracker, store_tracker) = (TaskTracker::new(), TaskTracker::new());
-        let opened = Store::open(&self.path("state"), Keyring::for_tests(), &store_tracker).await.unwrap();
+        let opened =
+            Store::open(&self.path("state"), Keyring::for_tests(), &store_tracker).await.unwrap();
         let store = store(opened);
         std::fs::create_dir_all(self.path("spool")).unwrap();
         let client = Client::new(ClientOptions::new(self.url.parse().unwrap())).unwrap();
