@@ -16,7 +16,7 @@ use super::job::Told;
 use super::reply::Reply;
 use super::state::{Recorded, Shared};
 use super::update::Update;
-use super::{git, register, request, rules, trace, update};
+use super::{git, register, request, rules, runners_api, trace, update};
 
 /// Larger than any patch or pack request a client has a reason to send.
 const MAX_BODY: usize = 128 * 1024 * 1024;
@@ -82,7 +82,7 @@ fn route(method: &Method, path: &str) -> (Endpoint, Option<i64>) {
             Ok(id) => (Endpoint::Patch, Some(id)),
             Err(_) => unknown,
         },
-        _ => unknown,
+        (method, parts) => (runners_api::route(method, parts).unwrap_or(Endpoint::Unknown), None),
     }
 }
 
@@ -213,6 +213,7 @@ async fn effect(shared: &Arc<Shared>, call: &Call) -> Reply {
         Endpoint::Update | Endpoint::FinalUpdate => update::update(shared, call),
         Endpoint::Patch => trace::patch(shared, call),
         Endpoint::JobInfo => update::job_info(shared, call),
+        Endpoint::CreateRunner | Endpoint::RunnersApi => runners_api::answer(shared, call),
         // Answers everybody, with a date; to those without a token of a user it says no more.
         Endpoint::Unknown if call.method == Method::GET && call.path == "/version" => {
             Reply::message(401, "401 Unauthorized")

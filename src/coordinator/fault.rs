@@ -28,6 +28,10 @@ pub enum Endpoint {
     Patch,
     /// `GET /job`.
     JobInfo,
+    /// `POST /user/runners`.
+    CreateRunner,
+    /// Everything else of the Runners API, with a personal access token.
+    RunnersApi,
     /// git over HTTP.
     Git,
     /// Anything else.
@@ -36,7 +40,7 @@ pub enum Endpoint {
 
 impl Endpoint {
     /// Every kind, in the order of the counters.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::Register,
         Self::Verify,
         Self::Unregister,
@@ -47,6 +51,8 @@ impl Endpoint {
         Self::FinalUpdate,
         Self::Patch,
         Self::JobInfo,
+        Self::CreateRunner,
+        Self::RunnersApi,
         Self::Git,
         Self::Unknown,
     ];

@@ -21,6 +21,7 @@ mod reply;
 mod request;
 mod rules;
 mod runner;
+mod runners_api;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -49,6 +50,7 @@ pub use self::new_job::{Git, NewJob, Shape, Variable};
 pub use self::options::{
     Knobs, Options, RateLimits, Registration, RunnerOptions, TokenKind, Version,
 };
+pub use self::runners_api::{AccessToken, Owner};
 pub use self::state::Recorded;
 pub use self::view::{Counts, EndedBy, Final, JobView, ManagerView, RunnerView, Status};
 

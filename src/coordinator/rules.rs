@@ -84,7 +84,7 @@ pub(super) fn on_call(state: &mut State, call: &Call) {
     let what = call.endpoint;
     let kind = match what {
         Endpoint::Git | Endpoint::Unknown => return,
-        Endpoint::JobInfo => None,
+        Endpoint::JobInfo | Endpoint::CreateRunner | Endpoint::RunnersApi => None,
         Endpoint::Patch => Some("text/plain"),
         Endpoint::Register
         | Endpoint::Verify

@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use super::job::Window;
 use super::new_job::NewJob;
 use super::options::RunnerOptions;
+use super::runners_api::Card;
 use super::view::{ManagerView, RunnerView};
 
 /// What a manager said about itself is stored again only after this time. GitLab draws between 40
@@ -54,6 +55,7 @@ pub(super) struct Runner {
     pub(super) token: String,
     pub(super) token_expires: Option<Duration>,
     pub(super) options: RunnerOptions,
+    pub(super) card: Card,
     pub(super) deleted: bool,
     pub(super) orphaned: bool,
     pub(super) managers: HashMap<Arc<str>, Manager>,
@@ -80,6 +82,7 @@ impl Runner {
             token,
             token_expires: None,
             options,
+            card: Card::new(now),
             deleted: false,
             orphaned: false,
             managers: HashMap::new(),

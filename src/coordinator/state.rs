@@ -18,6 +18,7 @@ use super::job::Job;
 use super::new_job::NewJob;
 use super::options::{Knobs, Options, RunnerOptions, TokenKind};
 use super::runner::Runner;
+use super::runners_api::Users;
 use super::view::{Counts, EndedBy, Status};
 use super::{payload, random, rules};
 
@@ -126,6 +127,7 @@ pub(super) struct State {
     pub(super) job_by_token: HashMap<String, i64>,
     pub(super) repositories: HashMap<String, Repository>,
     pub(super) recorded: Option<Vec<Recorded>>,
+    pub(super) users: Users,
     /// Time that tests skipped in steps so large that no client could have called in between.
     pub(super) skipped: Duration,
     pub(super) away: bool,
@@ -158,6 +160,7 @@ impl State {
             job_by_token: HashMap::new(),
             repositories: HashMap::new(),
             recorded: options.record.then(Vec::new),
+            users: Users::default(),
             skipped: Duration::ZERO,
             away: false,
             keep_traces: options.keep_traces,
@@ -278,6 +281,7 @@ impl State {
         {
             tracing::warn!(%error, "cannot write the pipeline's ref");
         }
+        self.users.note_project(wish.project_id, &wish.project_path);
         for runner in &mut self.runners {
             if runner.suits(&wish) {
                 runner.ring(now);

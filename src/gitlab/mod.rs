@@ -12,6 +12,7 @@
 //! [`health`] and [`identity`] are beside the client because nobody else needs them.
 
 mod answer;
+pub mod api;
 mod error;
 pub mod health;
 pub mod identity;
@@ -38,8 +39,7 @@ pub use error::{Error, ErrorKind};
 pub use info::{Info, InfoOptions, InvalidLabel, check_labels};
 pub use jobs::{JobUpdate, ReceivedJob, RequestReply, Undecodable, UpdateReply, UpdateState};
 pub use runners::{
-    CreateReply, Credentials, NewRunner, RegisterReply, Registration, ResetReply, UnregisterReply,
-    VerifyReply,
+    Credentials, RegisterReply, Registration, ResetReply, UnregisterReply, VerifyReply,
 };
 pub use trace::PatchReply;
 use transport::Transport;

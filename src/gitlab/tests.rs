@@ -799,35 +799,6 @@ async fn every_refusal_of_a_registration_has_its_reply() {
 }
 
 #[tokio::test]
-async fn a_runner_is_created_with_an_access_token() {
-    let body = serde_json::json!({"id": 9171, "token": "glrt-secret", "token_expires_at": null});
-    let server = answering(status(201).set_body_json(body)).await;
-    let runner = NewRunner {
-        runner_type: "project_type".into(),
-        project_id: Some(7),
-        ..NewRunner::default()
-    };
-    let access = Secret::new("glpat-secret");
-    let reply = client(&server.uri()).create_runner(&access, &runner).await.unwrap();
-    assert!(matches!(reply, CreateReply::Created(Credentials { id: Some(9171), .. })));
-    let request = only_request(&server).await;
-    assert_eq!(header(&request, "private-token"), Some("glpat-secret"));
-    assert_eq!(request.url.path(), "/api/v4/user/runners");
-    let sent: serde_json::Value = request.body_json().unwrap();
-    assert_eq!(sent, serde_json::json!({"runner_type": "project_type", "project_id": 7}));
-    for (code, expected) in [
-        (400, r#"Invalid { message: "" }"#),
-        (401, r#"Refused { message: "" }"#),
-        (403, r#"Refused { message: "" }"#),
-        (404, r#"Unexpected { status: 404, message: "" }"#),
-    ] {
-        let server = answering(status(code)).await;
-        let reply = client(&server.uri()).create_runner(&access, &runner).await.unwrap();
-        assert_eq!(format!("{reply:?}"), expected);
-    }
-}
-
-#[tokio::test]
 async fn removing_names_the_manager_only_where_one_is_meant() {
     let server = answering(status(204)).await;
     let client = client(&server.uri());

@@ -1,5 +1,6 @@
 //! One HTTP call: headers, timeouts, redirects, sizes. Knows nothing of jobs and runners.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -45,7 +46,7 @@ pub(super) enum Credential<'a> {
 pub(super) struct Ask<'a> {
     method: Method,
     path: &'a str,
-    query: Option<&'static str>,
+    query: Option<Cow<'static, str>>,
     credential: Credential<'a>,
     headers: HeaderMap,
     body: Bytes,
@@ -79,15 +80,19 @@ impl<'a> Ask<'a> {
         body: Bytes,
         timeouts: &Timeouts,
     ) -> Self {
-        let mut headers = HeaderMap::with_capacity(8);
-        headers.insert(CONTENT_TYPE, content_type);
+        let ask = Self { body, ..Self::bare(method, path, timeouts) };
+        ask.header(CONTENT_TYPE, content_type)
+    }
+
+    /// A call without a body.
+    pub(super) fn bare(method: Method, path: &'a str, timeouts: &Timeouts) -> Self {
         Self {
             method,
             path,
             query: None,
             credential: Credential::Nobody,
-            headers,
-            body,
+            headers: HeaderMap::with_capacity(8),
+            body: Bytes::new(),
             head: timeouts.call,
             total: timeouts.call,
             limit: SMALL_ANSWER,
@@ -99,8 +104,8 @@ impl<'a> Ask<'a> {
         self
     }
 
-    pub(super) fn query(mut self, query: &'static str) -> Self {
-        self.query = Some(query);
+    pub(super) fn query(mut self, query: impl Into<Cow<'static, str>>) -> Self {
+        self.query = Some(query.into());
         self
     }
 
@@ -220,7 +225,8 @@ impl Transport {
         let started = Instant::now();
         let deadline = started + ask.total;
         let request_id = self.request_ids.next();
-        let mut call = Call { method: ask.method, url: self.url(ask.path, ask.query), request_id };
+        let mut call =
+            Call { method: ask.method, url: self.url(ask.path, ask.query.as_deref()), request_id };
         let mut headers = ask.headers;
         match (header_of(ask.credential), HeaderValue::from_str(&call.request_id)) {
             (Ok(credential), Ok(id)) => {

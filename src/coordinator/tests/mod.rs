@@ -6,6 +6,7 @@ mod git_http;
 mod queue;
 mod requesting;
 mod runners;
+mod runners_api;
 mod silence;
 mod tracing_jobs;
 mod updating;
