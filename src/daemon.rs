@@ -442,6 +442,27 @@ impl Daemon {
         Ok(())
     }
 
+    /// Puts another token of a runner in force; everything else stays.
+    ///
+    /// Requests under way keep the old one, and are answered to their end. What GitLab said of its
+    /// queue was said to the old token, and is forgotten with the agents.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::reload`].
+    pub async fn replace_token(
+        &self,
+        runner: &RunnerName,
+        token: gitlab::Secret,
+        registry: &Registry,
+    ) -> Result<(), StartError> {
+        let mut config = Config::clone(&self.config());
+        for known in config.runners.iter_mut().filter(|known| known.name == *runner) {
+            known.token = token.clone();
+        }
+        self.reload(config, registry).await
+    }
+
     /// Gives the configuration in force.
     pub fn config(&self) -> Arc<Config> {
         Arc::clone(&self.running.lock().unwrap_or_else(PoisonError::into_inner).config)

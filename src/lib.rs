@@ -67,7 +67,8 @@
 //! | J | cancel sent and noted | cancels again |
 //! | K | released and noted | releases again |
 //!
-//! (H, the upload of artifacts, comes with artifacts.)
+//! (H, the upload of artifacts, comes with artifacts. R1 to R4, around a runner's new token, stand in
+//! [`rotation`].)
 //!
 //! # Where this differs from the design it grew from
 //!
@@ -90,6 +91,7 @@ pub mod job;
 pub mod pipeline;
 pub mod reconcile;
 pub mod registry;
+pub mod rotation;
 pub mod store;
 pub mod telemetry;
 pub mod trace;

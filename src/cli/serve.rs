@@ -5,13 +5,18 @@ use std::time::Duration;
 
 use clap::Args;
 use futures_util::future::BoxFuture;
+use tokio::sync::{mpsc, watch};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::cli::Context;
 use crate::cli::exit::{Exit, Failure};
 use crate::config;
+use crate::config::Config;
 use crate::daemon::{Daemon, Labels, StartError};
+use crate::domain::id::RunnerName;
+use crate::gitlab::Secret;
 use crate::http::{self, HealthSource, Pages, Problem, WhoseMove};
+use crate::rotation::Rotation;
 use crate::store::{LockError, Store};
 use crate::telemetry::{self, BuildInfo, Chain, JobCount, Metrics, Snapshot};
 
@@ -76,17 +81,21 @@ struct Signals {
     term: Signal,
     int: Signal,
     hup: Signal,
+    /// Tokens that are in force from now on.
+    tokens: mpsc::Receiver<(RunnerName, Secret)>,
 }
 
 enum Told {
     Stop(&'static str),
     Reload,
+    Token(RunnerName, Secret),
     Tick,
 }
 
 impl Signals {
-    fn new() -> std::io::Result<Self> {
+    fn new(tokens: mpsc::Receiver<(RunnerName, Secret)>) -> std::io::Result<Self> {
         Ok(Self {
+            tokens,
             term: signal(SignalKind::terminate())?,
             int: signal(SignalKind::interrupt())?,
             hup: signal(SignalKind::hangup())?,
@@ -94,11 +103,12 @@ impl Signals {
     }
 
     async fn next(&mut self, tick: Duration) -> Told {
-        // `recv` is cancel-safe, as is a sleep.
+        // `recv` is cancel-safe, of signals and of channels, as is a sleep.
         tokio::select! {
             _ = self.term.recv() => Told::Stop("SIGTERM"),
             _ = self.int.recv() => Told::Stop("SIGINT"),
             _ = self.hup.recv() => Told::Reload,
+            Some((runner, token)) = self.tokens.recv() => Told::Token(runner, token),
             () = tokio::time::sleep(tick) => Told::Tick,
         }
     }
@@ -121,12 +131,14 @@ impl ServeArgs {
         }));
         telemetry::init(&context.log_options(Some(&config), "info"), Some(Arc::clone(&metrics)))?;
         // Before anything is started, so that a signal during the start is not lost.
-        let mut signals = Signals::new()?;
+        let (changed, tokens) = mpsc::channel(1);
+        let mut signals = Signals::new(tokens)?;
         let daemon = match Daemon::start(config, &context.registry, metrics).await {
             Ok(daemon) => daemon,
             Err(error) => return Err(refuse(error).into()),
         };
         check_backends(&daemon).await;
+        let configs = rotate(&daemon, context, changed)?;
         if let Some(address) = &daemon.config().listen_address {
             let bound = http::bind(address).await?;
             tracing::info!(address = %bound.address(), "metrics and health are served");
@@ -157,7 +169,18 @@ impl ServeArgs {
                 Told::Reload => {
                     notify(&[sd_notify::NotifyState::Reloading]);
                     reload(&daemon, context).await;
+                    configs.send_replace(daemon.config());
                     notify(&[sd_notify::NotifyState::Ready]);
+                }
+                Told::Token(runner, token) => {
+                    match daemon.replace_token(&runner, token, &context.registry).await {
+                        Ok(()) => tracing::info!(%runner, "the runner's new token is in force"),
+                        // The next sweep finds the file different again.
+                        Err(error) => tracing::error!(
+                            %runner, error = %Chain(&error), "the runner's new token is not in force"
+                        ),
+                    }
+                    configs.send_replace(daemon.config());
                 }
                 Told::Stop(name) => {
                     tracing::info!(signal = name, "stopping; jobs stay with their backends");
@@ -172,6 +195,21 @@ impl ServeArgs {
         }
         Ok(Exit::Done)
     }
+}
+
+/// Has the runners' tokens looked after; what is returned tells of new configurations.
+fn rotate(
+    daemon: &Daemon,
+    context: &Context,
+    changed: mpsc::Sender<(RunnerName, Secret)>,
+) -> anyhow::Result<watch::Sender<Arc<Config>>> {
+    let (configs, watched) = watch::channel(daemon.config());
+    let system_id = crate::daemon::system_id(daemon.config().dir())?;
+    let rotation =
+        Rotation::new(Arc::clone(&context.clock), daemon.conditions().clone(), system_id);
+    let stop = daemon.shutdown().clone();
+    daemon.tracker().spawn(async move { rotation.run(watched, changed, stop).await });
+    Ok(configs)
 }
 
 fn notify(states: &[sd_notify::NotifyState<'_>]) {

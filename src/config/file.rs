@@ -68,6 +68,7 @@ pub(super) struct RunnerTable {
     #[serde(rename = "token_obtained_at")]
     pub(super) _token_obtained_at: Option<Datetime>,
     pub(super) token_expires_at: Option<Datetime>,
+    pub(super) token_rotation: Option<bool>,
     pub(super) backend: Spanned<String>,
     pub(super) limit: Option<usize>,
     pub(super) request_concurrency: Option<usize>,

@@ -14,6 +14,7 @@ mod resolve;
 mod secret;
 #[cfg(test)]
 mod tests;
+pub mod write;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -106,8 +107,13 @@ pub struct Runner {
     pub id: Option<u64>,
     /// `token_expires_at`: when the token dies, where `bridge register` noted it; as in the file.
     pub token_expires_at: Option<String>,
+    /// `token_rotation`: exchange the token in `token_file` for a new one when three quarters of its
+    /// life are over.
+    pub token_rotation: bool,
     /// `backend`: which backend runs its jobs.
     pub backend: BackendName,
+    /// That backend's `kind`.
+    pub backend_kind: String,
     /// `limit`: jobs in flight of this runner; 0 is no limit of its own.
     pub limit: usize,
     /// `request_concurrency`: requests for a job at the same time.
@@ -238,6 +244,15 @@ pub fn load_incomplete(path: &Utf8Path) -> Result<Config, ConfigError> {
 /// As [`load_incomplete`] would after the text was written.
 pub fn check_text(path: &Utf8Path, text: String, mode: u32) -> Result<Config, ConfigError> {
     resolve::resolve(&secret::ConfigText { path: path.to_owned(), text, mode })
+}
+
+/// Reads a token from a file that nobody else can read.
+///
+/// # Errors
+///
+/// When it cannot be read, others can read it, or it holds none.
+pub fn read_token_file(path: &Utf8Path) -> Result<Secret, ConfigError> {
+    secret::read_token(path).map_err(|problem| ConfigError::whole(path.to_owned(), problem))
 }
 
 /// Says where the configuration is when nobody names it: `from_env` (the value of

@@ -198,11 +198,11 @@ impl<'a> Place<'a> {
             return Err(self.value(&table.name.span(), "name", format!("{NAME_RULE}: {name:?}")));
         }
         let backend = BackendName(table.backend.get_ref().clone());
-        if !backends.contains_key(&backend) {
+        let Some(backend_kind) = backends.get(&backend).map(|entry| entry.kind.clone()) else {
             let known = backends.keys().map(|name| name.0.clone()).collect();
             let problem = Problem::UnknownBackend { runner: name, backend: backend.0, known };
             return Err(self.at(table.backend.span().start, problem));
-        }
+        };
         let url = self.url("url", &table.url)?;
         let clone_url = table.clone_url.map(|text| self.url("clone_url", &text)).transpose()?;
         let (token, token_file) =
@@ -228,7 +228,10 @@ impl<'a> Place<'a> {
             token_file,
             id: table.id,
             token_expires_at: table.token_expires_at.map(|time| time.to_string()),
+            // As gitlab-runner.
+            token_rotation: table.token_rotation.unwrap_or(true),
             backend,
+            backend_kind,
             limit: table.limit.unwrap_or(0),
             request_concurrency: above_zero(table.request_concurrency, REQUEST_CONCURRENCY),
             strict_check_interval: table.strict_check_interval.unwrap_or(false),

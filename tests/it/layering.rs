@@ -20,6 +20,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "http",
             "pipeline",
             "registry",
+            "rotation",
             "store",
             "telemetry",
             "trace",
@@ -48,6 +49,10 @@ const EDGES: &[(&str, &[&str])] = &[
     ("pipeline", &[]),
     ("reconcile", &["domain", "gitlab", "job", "store", "telemetry", "trace"]),
     ("registry", &["config", "domain"]),
+    (
+        "rotation",
+        &["agent", "config", "daemon", "domain", "gitlab", "reconcile", "telemetry"],
+    ),
     ("store", &["domain", "gitlab"]),
     ("telemetry", &[]),
     ("trace", &[]),
