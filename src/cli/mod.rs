@@ -67,7 +67,7 @@ pub struct Global {
 enum Command {
     /// Register a runner and add it to the configuration
     Register(Box<register::RegisterArgs>),
-    /// List, verify or unregister runners
+    /// Create, list, verify, change and remove runners
     Runners(runners::RunnersArgs),
     /// List or check backends
     Backends(backends::BackendsArgs),
