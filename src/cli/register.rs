@@ -412,12 +412,7 @@ impl LocalArgs {
     }
 
     /// Looks at the configuration: whether it can take this runner, and how.
-    pub(super) fn place(
-        &self,
-        context: &Context,
-        url: &str,
-        name: &str,
-    ) -> anyhow::Result<Place> {
+    pub(super) fn place(&self, context: &Context, url: &str, name: &str) -> anyhow::Result<Place> {
         let config = match config::load_incomplete(&context.config_path) {
             Ok(config) => Some(config),
             Err(error) if matches!(error.problem(), config::Problem::NoFile) => None,
@@ -546,7 +541,13 @@ impl LocalArgs {
     }
 
     /// The table as it goes into the file.
-    pub(super) fn table(&self, url: &Url, name: &str, backend: &BackendName, known: &Known) -> Table {
+    pub(super) fn table(
+        &self,
+        url: &Url,
+        name: &str,
+        backend: &BackendName,
+        known: &Known,
+    ) -> Table {
         let mut table = self.local_table(url.as_str().trim_end_matches('/'), name, backend);
         table.insert("token_file", value(format!("{name}.token")));
         if let Some(id) = known.id {

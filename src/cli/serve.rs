@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::Args;
 use futures_util::future::BoxFuture;
-use tokio::sync::{mpsc, watch};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, watch};
 
 use crate::cli::Context;
 use crate::cli::exit::{Exit, Failure};

@@ -13,6 +13,9 @@ use super::*;
 use crate::domain::clock::ManualClock;
 use crate::registry::RegistryError;
 
+#[path = "runners_tests.rs"]
+mod runners;
+
 const TOKEN: &str = "glrt-t3_abcdefghijklmnopqrst";
 
 fn refusing(

@@ -104,11 +104,7 @@ impl TokenFiles {
     ///
     /// When it is there and cannot be read.
     pub fn waiting(&self) -> Result<Option<Secret>, FileError> {
-        read(&self.new).map_err(|source| FileError {
-            verb: "read",
-            path: self.new.clone(),
-            source,
-        })
+        read(&self.new).map_err(|source| FileError { verb: "read", path: self.new.clone(), source })
     }
 
     /// Says whether a change was asked of GitLab and is not finished, and when; the text is ours.
@@ -174,8 +170,11 @@ impl TokenFiles {
     fn write(&self, path: &Utf8Path, text: &str) -> Result<(), FileError> {
         // For the account that reads the token, whoever writes: root may rotate for it.
         let owner = Owner::of(&self.token).ok().map(Owner::private);
-        replace(path, format!("{text}\n").as_bytes(), owner)
-            .map_err(|source| FileError { verb: "write", path: path.to_owned(), source })
+        replace(path, format!("{text}\n").as_bytes(), owner).map_err(|source| FileError {
+            verb: "write",
+            path: path.to_owned(),
+            source,
+        })
     }
 }
 

@@ -279,9 +279,7 @@ fn by_token(reply: Result<ResetReply, gitlab::Error>) -> Asked {
     match reply {
         Ok(ResetReply::Done(credentials)) => Asked::Done(credentials),
         Ok(ResetReply::Refused) => Asked::Refused,
-        Ok(ResetReply::Busy { status, .. }) => {
-            Asked::Unclear(format!("GitLab is busy ({status})"))
-        }
+        Ok(ResetReply::Busy { status, .. }) => Asked::Unclear(format!("GitLab is busy ({status})")),
         Ok(ResetReply::Unexpected { status, message }) => {
             Asked::Unclear(format!("GitLab answered {status}: {message}"))
         }
@@ -292,9 +290,9 @@ fn by_token(reply: Result<ResetReply, gitlab::Error>) -> Asked {
 fn by_number(reply: Result<ApiReply<Credentials>, gitlab::Error>) -> Asked {
     match reply {
         Ok(ApiReply::Done(credentials)) => Asked::Done(credentials),
-        Ok(ApiReply::Refused(
-            refusal @ (Refusal::Busy { .. } | Refusal::Unexpected { .. }),
-        )) => Asked::Unclear(refusal.to_string()),
+        Ok(ApiReply::Refused(refusal @ (Refusal::Busy { .. } | Refusal::Unexpected { .. }))) => {
+            Asked::Unclear(refusal.to_string())
+        }
         Ok(ApiReply::Refused(
             refusal @ (Refusal::Invalid { .. }
             | Refusal::Unknown
@@ -379,7 +377,8 @@ impl Rotation {
     ) {
         while !stop.is_cancelled() {
             let config = Arc::clone(&configs.borrow());
-            let pause = config.check_interval.clamp(Duration::from_secs(1), Duration::from_secs(60));
+            let pause =
+                config.check_interval.clamp(Duration::from_secs(1), Duration::from_secs(60));
             for runner in &config.runners {
                 // To its end also in a shutdown: between GitLab's answer and the disk nothing helps.
                 if let Some(token) = self.look_after(runner).await
@@ -492,11 +491,7 @@ impl Rotation {
                     "the runner has a new token"
                 );
                 let token_too = token.clone();
-                *known = Known {
-                    token: Some(token),
-                    changed_at: Some(now),
-                    ..Known::default()
-                };
+                *known = Known { token: Some(token), changed_at: Some(now), ..Known::default() };
                 known.learn(expires_at, now);
                 Turn::Fine(Some(token_too))
             }

@@ -49,10 +49,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("pipeline", &[]),
     ("reconcile", &["domain", "gitlab", "job", "store", "telemetry", "trace"]),
     ("registry", &["config", "domain"]),
-    (
-        "rotation",
-        &["agent", "config", "daemon", "domain", "gitlab", "reconcile", "telemetry"],
-    ),
+    ("rotation", &["agent", "config", "daemon", "domain", "gitlab", "reconcile", "telemetry"]),
     ("store", &["domain", "gitlab"]),
     ("telemetry", &[]),
     ("trace", &[]),

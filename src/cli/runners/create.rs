@@ -208,8 +208,11 @@ impl CreateArgs {
         let hint = match gone {
             Ok(UnregisterReply::Done | UnregisterReply::Refused | UnregisterReply::Unknown) => {
                 match note.remove() {
-                    Ok(()) => "the runner was deleted again; mend this and run the command again".to_owned(),
-                    Err(error) => format!("the runner was deleted again; {}", Chain(error.as_ref())),
+                    Ok(()) => "the runner was deleted again; mend this and run the command again"
+                        .to_owned(),
+                    Err(error) => {
+                        format!("the runner was deleted again; {}", Chain(error.as_ref()))
+                    }
                 }
             }
             Ok(UnregisterReply::Busy { .. } | UnregisterReply::Unexpected { .. }) | Err(_) => {
@@ -293,15 +296,15 @@ async fn finished(context: &Context, place: &Place, name: &str) -> anyhow::Resul
 
 /// Deletes the runner that bears a mark, if there is one: its token was never kept.
 async fn clear(context: &Context, api: &Api, mark: &str) -> anyhow::Result<()> {
-    let look = || {
-        format!("look for a runner whose token was lost (its maintenance note holds {mark})")
-    };
+    let look =
+        || format!("look for a runner whose token was lost (its maintenance note holds {mark})");
     let filter =
         RunnerFilter { status: Some("never_contacted".to_owned()), ..RunnerFilter::default() };
-    let mut listed = match api.runners(&Whose::Owned, &filter, MOST_LOOKED_AT).await.with_context(look)? {
-        ApiReply::Done(listed) => listed.items,
-        ApiReply::Refused(refusal) => return Err(refused(&look(), &refusal).into()),
-    };
+    let mut listed =
+        match api.runners(&Whose::Owned, &filter, MOST_LOOKED_AT).await.with_context(look)? {
+            ApiReply::Done(listed) => listed.items,
+            ApiReply::Refused(refusal) => return Err(refused(&look(), &refusal).into()),
+        };
     // An administrator's instance runners are in no list but the whole one.
     if let ApiReply::Done(all) =
         api.runners(&Whose::All, &filter, MOST_LOOKED_AT).await.with_context(look)?

@@ -124,9 +124,8 @@ impl RunnerJobsArgs {
         let rows: Vec<Row> =
             rows.into_iter().filter(|row| !self.orphans || row.orphan.is_some()).collect();
         context.output.list(self.json, &rows, |rows| {
-            let mut table = Table::new([
-                "CI JOB", "PROJECT", "NAME", "AT GITLAB", "ID", "STATE", "ORPHAN",
-            ]);
+            let mut table =
+                Table::new(["CI JOB", "PROJECT", "NAME", "AT GITLAB", "ID", "STATE", "ORPHAN"]);
             for row in rows {
                 table.row([
                     row.ci_job.to_string(),

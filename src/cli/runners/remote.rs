@@ -152,7 +152,8 @@ async fn ask_number(context: &Context, runner: &Runner) -> anyhow::Result<i64> {
         | VerifyReply::Orphaned
         | VerifyReply::Busy { .. }
         | VerifyReply::Unexpected { .. } => {
-            let hint = "give GitLab's number in place of the name; its page of the runner shows it";
+            let hint = "say GitLab's number (its page of the runner shows it): in place of the name, or \
+                        to `rotate` with --id";
             Err(Failure::new(Exit::Gitlab, what).hint(hint).into())
         }
     }
@@ -443,9 +444,8 @@ impl EditArgs {
         let mut change = self.settings.change();
         change.paused = change.paused.or(self.active.map(|active| !active));
         if change == RunnerChange::default() {
-            let failure = Failure::new(Exit::Usage, format!("edit {}: nothing is named", {
-                &self.runner
-            }));
+            let failure =
+                Failure::new(Exit::Usage, format!("edit {}: nothing is named", { &self.runner }));
             return Err(failure.hint("name a setting, such as --description TEXT").into());
         }
         let what = format!("edit the runner {}", self.runner);

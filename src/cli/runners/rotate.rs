@@ -19,6 +19,9 @@ pub(super) struct RotateArgs {
     /// The runner's name in the configuration
     #[arg(value_name = "NAME")]
     name: String,
+    /// GitLab's number for the runner, where the configuration does not tell it
+    #[arg(long, value_name = "ID")]
+    id: Option<i64>,
     /// Write one JSON object
     #[arg(long)]
     json: bool,
@@ -41,9 +44,8 @@ impl RotateArgs {
         let config = context.incomplete_config()?;
         let runner = super::named(&config, std::slice::from_ref(&self.name))?.remove(0);
         let Some(path) = &runner.token_file else {
-            let what = format!("rotate {:?}: its token is written into the configuration", {
-                &self.name
-            });
+            let what =
+                format!("rotate {:?}: its token is written into the configuration", { &self.name });
             let hint = "move it to a file of mode 0600 and name that with token_file";
             return Err(Failure::new(Exit::Configuration, what).hint(hint).into());
         };
@@ -63,8 +65,8 @@ impl RotateArgs {
             crash_at: None,
         };
         let now = context.clock.now();
-        let with_pat =
-            self.access.pat_file.is_some() || std::env::var_os(PAT_VAR).is_some_and(|v| !v.is_empty());
+        let with_pat = self.access.pat_file.is_some()
+            || std::env::var_os(PAT_VAR).is_some_and(|v| !v.is_empty());
         // What another process began is finished first: its token may be on the disk already.
         let begun = files.waiting()?.is_some() || files.noted()?.is_some();
         let standing = if begun { Some(change.settle(now).await?) } else { None };
@@ -80,10 +82,17 @@ impl RotateArgs {
             )
             | None => {
                 if with_pat {
-                    let target = self.access.target_of(context, runner).await?;
-                    self.kept(context, change.change(By::Number(&target.api, target.id), now).await)?
+                    // A token that was lost cannot tell the number any more.
+                    let (api, id) = match self.id {
+                        Some(id) => (self.access.api(&runner.url, Some(&config))?, id),
+                        None => {
+                            let target = self.access.target_of(context, runner).await?;
+                            (target.api, target.id)
+                        }
+                    };
+                    self.kept(change.change(By::Number(&api, id), now).await)?
                 } else {
-                    self.kept(context, change.change(By::Token, now).await)?
+                    self.kept(change.change(By::Token, now).await)?
                 }
             }
         };
@@ -91,11 +100,7 @@ impl RotateArgs {
     }
 
     /// Saves a token that the disk beside the configuration did not take.
-    fn kept(
-        &self,
-        context: &Context,
-        result: Result<Standing, RotationError>,
-    ) -> anyhow::Result<Standing> {
+    fn kept(&self, result: Result<Standing, RotationError>) -> anyhow::Result<Standing> {
         match result {
             Err(RotationError::Unkept { token, source }) => {
                 let place = super::create::rescue(&token);
@@ -107,7 +112,6 @@ impl RotateArgs {
                         self.name
                     ),
                 };
-                context.output.note(&hint)?;
                 Err(Failure::new(Exit::Unexpected, what).hint(hint).source(source).into())
             }
             result => result.with_context(|| format!("rotate {:?}", self.name)),
@@ -135,7 +139,8 @@ impl RotateArgs {
                     output.json(&rotated)?;
                 } else {
                     let until = rotated.token_expires_at.as_ref();
-                    let until = until.map(|time| format!(", it expires {time}")).unwrap_or_default();
+                    let until =
+                        until.map(|time| format!(", it expires {time}")).unwrap_or_default();
                     output.note(&format!("{:?} has a new token{until}", self.name))?;
                     output.note(&format!("token: {}", files.path()))?;
                     output.note("a running daemon takes it by itself")?;
