@@ -449,3 +449,30 @@ async fn a_token_is_rotated_by_itself_and_by_number_when_it_was_lost() {
     }
     assert_eq!(office.gitlab.violations(), Vec::<String>::new());
 }
+
+#[tokio::test]
+async fn values_of_the_wrong_kind_are_refused_before_gitlab_is_asked() {
+    for flag in [
+        "--active=maybe",
+        "--paused=2",
+        "--locked=x",
+        "--run-untagged=7",
+        "--maximum-timeout long",
+        "--maximum-timeout 599",
+        "--access-level all",
+    ] {
+        let mut args = vec!["runners", "edit", "1"];
+        args.extend(flag.split(' '));
+        let (result, output) = parse(&args);
+        assert_eq!(result.unwrap(), Exit::Usage, "{flag}");
+        let named = flag.split([' ', '=']).next().unwrap();
+        assert!(output.kept_notes().contains(named), "{flag}: {}", output.kept_notes());
+    }
+    // Neither does a name that could not be a file's get there.
+    let bench = Bench::new().await;
+    bench.with_runners(&[]);
+    let (exit, text) = bench.fails("register --url URL --token glrt-x --name a/b").await;
+    assert_eq!(exit, Exit::Usage);
+    assert!(text.contains("register \"a/b\": the value of name"), "{text}");
+    assert!(bench.requests().await.is_empty());
+}

@@ -30,6 +30,13 @@ pub(super) struct Info {
     pub(super) platform: Option<String>,
     pub(super) executor: Option<String>,
     pub(super) features: Option<HashMap<String, Value>>,
+    /// Read for its kind alone, as the next two are.
+    #[serde(rename = "name")]
+    _name: Option<String>,
+    #[serde(rename = "revision")]
+    _revision: Option<String>,
+    #[serde(rename = "architecture")]
+    _architecture: Option<String>,
 }
 
 impl Info {

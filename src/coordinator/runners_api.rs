@@ -455,7 +455,7 @@ impl Scene<'_> {
         let after = match self.params.text("cursor")? {
             None => 0,
             Some(cursor) => {
-                let at = list.iter().position(|job| job["id"].to_string() == cursor);
+                let at = list.iter().position(|job| job["id"] == json!(cursor.parse::<i64>().ok()));
                 at.ok_or_else(|| Params::invalid("cursor"))? + 1
             }
         };

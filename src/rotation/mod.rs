@@ -235,7 +235,7 @@ impl Change<'_> {
                 files.drop_note()?;
                 Ok(Standing::Declined(refusal))
             }
-            Asked::NotAsked(why) => {
+            Asked::Unsent(why) => {
                 files.drop_note()?;
                 Ok(Standing::Unclear { why })
             }
@@ -270,7 +270,7 @@ enum Asked {
     /// Whoever asked may not.
     Declined(Refusal),
     /// The question never left.
-    NotAsked(String),
+    Unsent(String),
     /// It may have been done.
     Unclear(String),
 }
@@ -306,7 +306,7 @@ fn by_number(reply: Result<ApiReply<Credentials>, gitlab::Error>) -> Asked {
 
 fn unanswered(error: &gitlab::Error) -> Asked {
     let why = Chain(error).to_string();
-    if error.may_have_arrived() { Asked::Unclear(why) } else { Asked::NotAsked(why) }
+    if error.may_have_arrived() { Asked::Unclear(why) } else { Asked::Unsent(why) }
 }
 
 /// Says when a token is due for a change; never, if the two times make no life.

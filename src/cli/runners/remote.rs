@@ -49,7 +49,7 @@ impl AccessArgs {
     /// Finds the personal access token.
     fn token(&self) -> anyhow::Result<Secret> {
         if let Some(path) = &self.pat_file {
-            return Ok(config::read_token_file(path).context("read the personal access token")?);
+            return config::read_token_file(path).context("read the personal access token");
         }
         let variable = std::env::var(PAT_VAR).unwrap_or_default();
         let token = variable.trim();
@@ -427,14 +427,14 @@ pub(super) struct EditArgs {
     /// The runner: its name in the configuration, or GitLab's number
     #[arg(value_name = "RUNNER")]
     runner: String,
+    /// Write the runner as one JSON object
+    #[arg(long)]
+    json: bool,
     #[command(flatten, next_help_heading = "Settings; what is not named stays")]
     settings: ServerArgs,
     /// Take jobs: the old word for --paused=false
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true, conflicts_with = "paused")]
     active: Option<bool>,
-    /// Write the runner as one JSON object
-    #[arg(long, help_heading = "Options")]
-    json: bool,
     #[command(flatten)]
     access: AccessArgs,
 }

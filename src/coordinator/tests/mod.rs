@@ -8,6 +8,7 @@ mod requesting;
 mod runners;
 mod runners_api;
 mod silence;
+mod strict;
 mod tracing_jobs;
 mod updating;
 
