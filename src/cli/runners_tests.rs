@@ -473,6 +473,6 @@ async fn values_of_the_wrong_kind_are_refused_before_gitlab_is_asked() {
     bench.with_runners(&[]);
     let (exit, text) = bench.fails("register --url URL --token glrt-x --name a/b").await;
     assert_eq!(exit, Exit::Usage);
-    assert!(text.contains("register \"a/b\": the value of name"), "{text}");
+    assert!(text.contains("register \"a/b\": `name` must be"), "{text}");
     assert!(bench.requests().await.is_empty());
 }
