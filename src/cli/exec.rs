@@ -132,6 +132,10 @@ impl ExecArgs {
             exec_list::list(&pipeline, self.json, &context.output)?;
             return Ok(Exit::Done);
         }
+        if pipeline.jobs.is_empty() {
+            let what = "run the pipeline: its rules leave all jobs out";
+            return Err(Failure::new(Exit::Configuration, what).hint("--list says why").into());
+        }
         let coordinator = Coordinator::start(Options::default()).await?;
         let token = coordinator.add_runner(RunnerOptions::default());
         let config = self.configure(

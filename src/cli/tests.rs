@@ -160,6 +160,13 @@ fn the_help_of_register_is_reviewed() {
 }
 
 #[test]
+fn the_help_of_exec_is_reviewed() {
+    let (result, output) = parse(&["exec", "-h"]);
+    assert_eq!(result.unwrap(), Exit::Done);
+    insta::assert_snapshot!(output.kept());
+}
+
+#[test]
 fn a_command_line_that_makes_no_sense_is_2() {
     let (result, output) = parse(&["registr"]);
     assert_eq!(result.unwrap(), Exit::Usage);

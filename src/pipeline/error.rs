@@ -174,13 +174,14 @@ impl Findings {
     }
 
     /// Notes a name that leads nowhere; whoever uses it is left out if the name may stand in a part
-    /// that was ignored.
-    pub(super) fn missing(&mut self, line: usize, job: Option<&str>, message: &str) {
+    /// that was ignored. Gives whether that is so.
+    pub(super) fn missing(&mut self, line: usize, job: Option<&str>, message: &str) -> bool {
         if self.incomplete {
             self.note(line, job, format!("{message}: left out, for want of an ignored include"));
         } else {
             self.problem(line, job, message);
         }
+        self.incomplete
     }
 
     /// Notes a word outside the supported subset; `place` says where it stands, if not in a job.

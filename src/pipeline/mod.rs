@@ -31,6 +31,8 @@ mod select;
 mod source;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod whole_tests;
 mod yaml;
 
 use std::time::Duration;

@@ -188,6 +188,10 @@ impl Planner<'_> {
                 plan.left_out.push(left("a `trigger` job".to_owned()));
                 continue;
             }
+            if draft.incomplete {
+                plan.left_out.push(left("the rest of it is in an ignored include".to_owned()));
+                continue;
+            }
             let variables = self.variables(draft, &instance);
             let scope = self.scope(draft, &instance, &variables);
             match self.ruled(draft, &scope) {

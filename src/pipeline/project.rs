@@ -26,7 +26,7 @@ pub struct Project {
     pub tag: bool,
     /// The branch or tag.
     pub ref_name: String,
-    repository: Option<(Source, tokio::runtime::Handle)>,
+    pub(super) repository: Option<(Source, tokio::runtime::Handle)>,
 }
 
 /// A file of a commit.

@@ -135,6 +135,8 @@ pub(super) struct Draft {
     pub(super) environment: Option<Environment>,
     /// Starts another pipeline instead of running anything.
     pub(super) trigger: bool,
+    /// The rest of it stands in an include that was ignored.
+    pub(super) incomplete: bool,
 }
 
 /// An entry of `needs`.
@@ -416,7 +418,9 @@ impl Reader<'_> {
         draft.script = before_script;
         match script {
             None if draft.trigger || runs_steps => {}
-            None => self.problem(entry.line, "has no `script`"),
+            None => {
+                draft.incomplete = self.findings.missing(entry.line, self.job, "has no `script`");
+            }
             // Lines that were refused have been reported; it is not empty on top of that.
             Some((None, _)) => {}
             Some((Some(lines), line)) => {
@@ -649,6 +653,7 @@ impl Draft {
             hooks: Vec::new(),
             environment: None,
             trigger: false,
+            incomplete: false,
         }
     }
 }

@@ -310,3 +310,89 @@ fn the_example_passes_on_slurm() {
     assert_eq!(names.lines().count(), 7, "seven of eight jobs ran, all over there: {names}");
     assert_eq!(folder.left(), Vec::<PathBuf>::new());
 }
+
+#[test]
+fn the_list_shows_jobs_and_why_others_are_left_out_and_runs_nothing() {
+    let folder = Folder::new(
+        "include: ci/more.yml\nstages: [build, test]\n\
+         make: {stage: build, script: touch made, parallel: {matrix: [{CC: [gcc, clang]}]}}\n\
+         check: {stage: test, needs: [make], script: x, allow_failure: {exit_codes: [3]}}\n\
+         tagged: {stage: test, script: x, rules: [{if: $CI_COMMIT_TAG}]}\n\
+         child: {stage: test, trigger: {include: x.yml}}\n",
+    );
+    std::fs::create_dir(folder.path("project/ci")).unwrap();
+    std::fs::write(
+        folder.path("project/ci/more.yml"),
+        "ship: {stage: test, script: x, rules: [{if: $WHERE == 'here', when: manual}]}\n",
+    )
+    .unwrap();
+    let output = folder.run(&["exec", "--list", "--var", "WHERE=here"]);
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    insta::assert_snapshot!(out(&output), @"");
+    insta::assert_snapshot!(err(&output), @"");
+    let output = folder.run(&["exec", "--list", "--json"]);
+    insta::assert_snapshot!(out(&output), @"");
+    assert_eq!(folder.left(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn one_job_runs_with_those_it_needs_and_no_others() {
+    let folder = Folder::new(
+        "stages: [one, two]\n\
+         a: {stage: one, script: echo a}\n\
+         b: {stage: one, script: exit 1}\n\
+         hand: {stage: two, needs: [a], when: manual, script: echo by hand}\n\
+         never: {stage: two, script: x, rules: [{when: never}]}\n",
+    );
+    let output = folder.run(&["exec", "--job", "hand"]);
+    let said = err(&output);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.lines().any(|line| line.starts_with("hand") && line.contains("passed")), "{said}");
+    assert!(!said.lines().any(|line| line.starts_with("b ")), "{said}");
+    let output = folder.run(&["exec", "--job", "never"]);
+    assert_eq!(output.status.code(), Some(3));
+    insta::assert_snapshot!(err(&output), @"");
+}
+
+#[test]
+fn variables_inputs_and_the_local_commit_reach_the_jobs() {
+    let folder = Folder::new(
+        "spec: {inputs: {whom: {default: nobody}}}\n---\n\
+         variables: {GREETING: hello, RAW: {value: $GREETING, expand: false}}\n\
+         greet:\n  parallel: {matrix: [{N: [one, two]}]}\n  script:\n\
+         \x20   - echo \"$GREETING $[[ inputs.whom ]] $N $CI_NODE_INDEX/$CI_NODE_TOTAL\"\n\
+         \x20   - echo \"on $CI_COMMIT_BRANCH of $CI_PROJECT_PATH with $RAW\"\n",
+    );
+    std::fs::write(folder.path("vars"), "GREETING=hi\n").unwrap();
+    let output = folder.run(&[
+        "exec",
+        "--trace",
+        "--input",
+        "whom=you",
+        "--variables-file",
+        "../vars",
+        "--var",
+        "GREETING=good day",
+    ]);
+    let (out, err) = (out(&output), err(&output));
+    assert!(output.status.success(), "{err}");
+    assert!(out.contains("\ngood day you one 1/2\n"), "{out}");
+    assert!(out.contains("\ngood day you two 2/2\n"), "{out}");
+    assert!(out.contains("\non main of exec/project with $GREETING\n"), "{out}");
+    let output = folder.run(&["exec", "--var", "nonsense"]);
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn a_job_with_retry_runs_again_before_it_counts_as_failed() {
+    let folder = Folder::new(
+        "flaky:\n  retry: {max: 2, exit_codes: [3]}\n  script: [test -e $MARK || { touch $MARK; exit 3; }]\n\
+         hopeless: {retry: {max: 2, exit_codes: [3]}, script: exit 4, allow_failure: true}\n",
+    );
+    let mark = folder.path("mark");
+    let output = folder.run(&["exec", "--var", &format!("MARK={}", mark.display())]);
+    let said = err(&output);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("flaky: retry 1 of 2\n"), "{said}");
+    assert!(!said.contains("hopeless: retry"), "{said}");
+}

@@ -57,6 +57,8 @@ const LINES: &[(&str, Expect)] = &[
         "cargo run --release -- exec --backend slurm examples/hello",
         Says("Pipeline passed with warnings"),
     ),
+    ("cargo run --release -- exec --list examples/hello", Says("may fail with 42")),
+    ("cargo run --release -- exec --job everybody examples/hello", Says("Pipeline passed")),
     ("cargo build --release", Works),
     ("sudo install -m 755 target/release/bridge /usr/local/bin/bridge", Works),
     ("sudo install -d -o bridge -g bridge -m 700 /etc/bridge", Works),
