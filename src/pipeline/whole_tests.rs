@@ -23,6 +23,7 @@ fn pushed() -> LoadOptions {
         variables: vars(&[
             ("CI_PIPELINE_SOURCE", "push"),
             ("CI_COMMIT_BRANCH", "main"),
+            ("CI_COMMIT_REF_NAME", "main"),
             ("CI_DEFAULT_BRANCH", "main"),
             ("CI_PROJECT_PATH", "group/project"),
         ]),

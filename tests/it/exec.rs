@@ -328,10 +328,27 @@ fn the_list_shows_jobs_and_why_others_are_left_out_and_runs_nothing() {
     .unwrap();
     let output = folder.run(&["exec", "--list", "--var", "WHERE=here"]);
     assert_eq!(output.status.code(), Some(0), "{}", err(&output));
-    insta::assert_snapshot!(out(&output), @"");
-    insta::assert_snapshot!(err(&output), @"");
+    insta::assert_snapshot!(out(&output), @r"
+    STAGE  JOB            WHEN        NEEDS                       NOTE
+    build  make: [gcc]    on_success  earlier stages
+    build  make: [clang]  on_success  earlier stages
+    test   ship           manual      earlier stages              blocks until run
+    test   check          on_success  make: [gcc], make: [clang]  may fail with 3
+    test   tagged         never                                   no rule fits
+    test   child          never                                   a `trigger` job
+    ");
+    insta::assert_snapshot!(err(&output), @r"
+    ./.gitlab-ci.yml:6: job `child`: `trigger`, which starts another pipeline, is not supported; the job is left out
+    ");
     let output = folder.run(&["exec", "--list", "--json"]);
-    insta::assert_snapshot!(out(&output), @"");
+    insta::assert_snapshot!(out(&output), @r#"
+    {"allow_failure":false,"dependencies":null,"file":"./.gitlab-ci.yml","in_pipeline":true,"job":"make: [gcc]","line":3,"needs":null,"stage":"build","when":"on_success"}
+    {"allow_failure":false,"dependencies":null,"file":"./.gitlab-ci.yml","in_pipeline":true,"job":"make: [clang]","line":3,"needs":null,"stage":"build","when":"on_success"}
+    {"allow_failure":{"exit_codes":[3]},"dependencies":null,"file":"./.gitlab-ci.yml","in_pipeline":true,"job":"check","line":4,"needs":["make: [gcc]","make: [clang]"],"stage":"test","when":"on_success"}
+    {"in_pipeline":false,"job":"ship","stage":"test","why":"no rule fits"}
+    {"in_pipeline":false,"job":"tagged","stage":"test","why":"no rule fits"}
+    {"in_pipeline":false,"job":"child","stage":"test","why":"a `trigger` job"}
+    "#);
     assert_eq!(folder.left(), Vec::<PathBuf>::new());
 }
 
@@ -351,7 +368,10 @@ fn one_job_runs_with_those_it_needs_and_no_others() {
     assert!(!said.lines().any(|line| line.starts_with("b ")), "{said}");
     let output = folder.run(&["exec", "--job", "never"]);
     assert_eq!(output.status.code(), Some(3));
-    insta::assert_snapshot!(err(&output), @"");
+    insta::assert_snapshot!(err(&output), @r"
+    error: cannot run the job never: it is not in the pipeline: the rule at ./.gitlab-ci.yml:5 says never
+    hint: --list shows the jobs
+    ");
 }
 
 #[test]
@@ -386,7 +406,7 @@ fn variables_inputs_and_the_local_commit_reach_the_jobs() {
 #[test]
 fn a_job_with_retry_runs_again_before_it_counts_as_failed() {
     let folder = Folder::new(
-        "flaky:\n  retry: {max: 2, exit_codes: [3]}\n  script: [test -e $MARK || { touch $MARK; exit 3; }]\n\
+        "flaky:\n  retry: {max: 2, exit_codes: [3]}\n  script: 'test -e $MARK || { touch $MARK; exit 3; }'\n\
          hopeless: {retry: {max: 2, exit_codes: [3]}, script: exit 4, allow_failure: true}\n",
     );
     let mark = folder.path("mark");
