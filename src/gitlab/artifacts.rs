@@ -6,7 +6,6 @@
 use std::time::Duration;
 
 use camino::Utf8Path;
-use reqwest::Method;
 
 use super::answer::Answer;
 use super::error::{Cause, Error};
@@ -189,7 +188,9 @@ impl Client {
                 DownloadArtifactReply::Busy { retry_after: answer.retry_after(self.now()) }
             }
             // What a store of files forbids or misses says nothing of the artifact.
-            401 | 403 if !elsewhere => DownloadArtifactReply::Forbidden { message: answer.message() },
+            401 | 403 if !elsewhere => {
+                DownloadArtifactReply::Forbidden { message: answer.message() }
+            }
             404 if !elsewhere => DownloadArtifactReply::Missing,
             _ => DownloadArtifactReply::Unexpected { message: answer.message() },
         };

@@ -337,7 +337,8 @@ impl Transport {
             match tokio::time::timeout(idle, response.chunk()).await {
                 Ok(Ok(None)) => break None,
                 Ok(Ok(Some(piece))) => {
-                    let len = into.len.saturating_add(u64::try_from(piece.len()).unwrap_or(u64::MAX));
+                    let len =
+                        into.len.saturating_add(u64::try_from(piece.len()).unwrap_or(u64::MAX));
                     if len > limit {
                         into.version = None;
                         break Some(too_large());
@@ -433,8 +434,9 @@ impl Form {
             "--{boundary}\r\nContent-Disposition: form-data; name=\"file\"; filename=\"{name}\"\r\n\
              Content-Type: application/octet-stream\r\n\r\n"
         );
-        let content_type = HeaderValue::from_str(&format!("multipart/form-data; boundary={boundary}"))
-            .expect("hexadecimal digits and letters are fit for a header");
+        let content_type =
+            HeaderValue::from_str(&format!("multipart/form-data; boundary={boundary}"))
+                .expect("hexadecimal digits and letters are fit for a header");
         Self { content_type, head: head.into(), tail: format!("\r\n--{boundary}--\r\n").into() }
     }
 
@@ -442,7 +444,8 @@ impl Form {
     async fn body(
         &self,
         file: &Utf8Path,
-    ) -> io::Result<(impl stream::Stream<Item = io::Result<Bytes>> + Send + 'static + use<>, u64)> {
+    ) -> io::Result<(impl stream::Stream<Item = io::Result<Bytes>> + Send + 'static + use<>, u64)>
+    {
         let file = File::open(file).await?;
         let size = file.metadata().await?.len();
         let around = self.head.len() + self.tail.len();
@@ -450,7 +453,8 @@ impl Form {
         let (head, tail) = (self.head.clone(), self.tail.clone());
         // A file that grows is cut, one that shrinks breaks the call.
         let pieces = ReaderStream::with_capacity(file.take(size), PIECE);
-        let body = stream::once(async { Ok(head) }).chain(pieces).chain(stream::once(async { Ok(tail) }));
+        let body =
+            stream::once(async { Ok(head) }).chain(pieces).chain(stream::once(async { Ok(tail) }));
         Ok((body, length))
     }
 }

@@ -22,7 +22,7 @@ use super::hands::{self, Call, Draft};
 use super::sources::{Output, StageError, Tone};
 use super::variables::Variables;
 use super::{Plan, script};
-use crate::archive::{self, ArchiveError, Format, Level, Selection, Wanted};
+use crate::archive::{self, ArchiveError, Entry, Format, Kind, Level, Selection, Wanted};
 use crate::gitlab::wire::{Artifact, Dependency, JobPayload, Secret};
 use crate::gitlab::{self, ArtifactUpload, UploadAnswer, UploadArtifactReply};
 
@@ -162,10 +162,9 @@ pub fn after_upload(
         Ok(answer) => answer,
         Err(error) => {
             return match error.kind() {
-                gitlab::ErrorKind::Transient => AfterUpload::Again {
-                    after: doubling(silent, LONGEST_SILENCE),
-                    counts: false,
-                },
+                gitlab::ErrorKind::Transient => {
+                    AfterUpload::Again { after: doubling(silent, LONGEST_SILENCE), counts: false }
+                }
                 gitlab::ErrorKind::Refused => again(TRIES, None, &error.to_string()),
                 gitlab::ErrorKind::Configuration => AfterUpload::GiveUp { why: error.to_string() },
             };
@@ -189,7 +188,9 @@ pub fn after_upload(
             again(TRIES_UNAVAILABLE, *retry_after, "service unavailable")
         }
         // Somebody in front of GitLab, or GitLab catching its breath: nothing about the artifact.
-        UploadArtifactReply::Busy { retry_after } if matches!(answer.status, 408 | 429 | 502 | 504) => {
+        UploadArtifactReply::Busy { retry_after }
+            if matches!(answer.status, 408 | 429 | 502 | 504) =>
+        {
             let own = doubling(silent, LONGEST_SILENCE);
             let after = retry_after.unwrap_or(own).clamp(own, LONGEST_ASKED);
             AfterUpload::Again { after, counts: false }
@@ -278,19 +279,25 @@ impl Plan {
         if let Some(statement) = self.transfers.statement.as_ref().filter(|_| format == Format::Zip)
         {
             out.remark(Tone::Plain, "Generating artifacts statement");
-            let text = statement.of(&self.project_dir, base, &selection, ran, &stop).await;
+            let version = environment.get("SLSA_PROVENANCE_SCHEMA_VERSION").unwrap_or_default();
+            if !matches!(version, "" | "v1") {
+                let text = "SLSA_PROVENANCE_SCHEMA_VERSION: only v1 is known; using v1";
+                out.remark(Tone::Warning, text);
+            }
+            let text = statement.of(&self.project_dir, &selection, ran, &stop).await;
             let file = format!("{base}-metadata.json");
             let path = self.project_dir.join(&file);
             hands::write_shared(&path, text.into_bytes()).await.map_err(&broken)?;
-            selection.add(file.into_bytes());
+            let name = file.into_bytes();
+            selection.entries.retain(|entry| entry.name != name);
+            let at = selection.entries.partition_point(|entry| entry.name < name);
+            selection.entries.insert(at, Entry { name, kind: Kind::File });
         }
         if let Some(dir) = into.parent() {
             hands::make_dir(dir).await.map_err(&broken)?;
         }
-        let part = Utf8Path::new(into).with_file_name(format!(
-            ".{}.part",
-            into.file_name().unwrap_or("artifact")
-        ));
+        let part = Utf8Path::new(into)
+            .with_file_name(format!(".{}.part", into.file_name().unwrap_or("artifact")));
         let (draft, mut file) = Draft::create(&part).await.map_err(&broken)?;
         let root = self.project_dir.clone();
         let flag = stop.flag();
@@ -321,7 +328,8 @@ impl Plan {
         artifact: &PackedArtifact,
         outcome: &Result<UploadAnswer, gitlab::Error>,
     ) -> (Tone, String) {
-        let prefix = format!("Uploading artifacts as {:?} to coordinator...", artifact.shown_type());
+        let prefix =
+            format!("Uploading artifacts as {:?} to coordinator...", artifact.shown_type());
         let transfers = &self.transfers;
         match outcome {
             Ok(answer) => {

@@ -16,12 +16,8 @@ use crate::archive::{Kind, Selection};
 use crate::gitlab::wire::JobPayload;
 
 /// Where the way in which jobs are run is described.
-const BUILD_TYPE: &str = concat!(
-    env!("CARGO_PKG_REPOSITORY"),
-    "/blob/v",
-    env!("CARGO_PKG_VERSION"),
-    "/PROVENANCE.md"
-);
+const BUILD_TYPE: &str =
+    concat!(env!("CARGO_PKG_REPOSITORY"), "/blob/v", env!("CARGO_PKG_VERSION"), "/PROVENANCE.md");
 
 /// What is the same for all archives of a job.
 #[derive(Clone)]
@@ -62,7 +58,6 @@ impl Statement {
     pub(super) async fn of(
         &self,
         root: &Utf8Path,
-        _name: &str,
         selection: &Selection,
         ran: Ran,
         stop: &Stop,

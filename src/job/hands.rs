@@ -357,10 +357,7 @@ pub(super) async fn run(call: Call, out: &mut (dyn Output + Send)) -> Result<i32
 /// Runs a process to its end for what it says; gives its exit code, its output and its complaints.
 ///
 /// Output beyond `most` bytes is an error. Dropping the future kills the process and its group.
-pub(super) async fn capture(
-    call: Call,
-    most: u64,
-) -> Result<(i32, Vec<u8>, String), HandsError> {
+pub(super) async fn capture(call: Call, most: u64) -> Result<(i32, Vec<u8>, String), HandsError> {
     let program = call.program;
     let failed = |source| HandsError { action: "run", subject: program.to_owned(), source };
     let mut child = tokio::process::Command::new(program)
