@@ -239,4 +239,6 @@ impl fmt::Display for CiStatus {
 }
 
 #[cfg(test)]
+mod artifacts_tests;
+#[cfg(test)]
 mod tests;

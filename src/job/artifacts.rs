@@ -446,7 +446,7 @@ impl Plan {
             .map(|var| (var.name.clone(), var.value.expose_secret().to_owned()))
             .collect();
         let file = self.temp_dir.join(script::ENV_FILE);
-        let content = hands::read(&file, ENV_LIMIT).await?.unwrap_or_default();
+        let content = hands::read_regular(&file, ENV_LIMIT).await?.unwrap_or_default();
         values.extend(exported(&content));
         Ok(AtTheEnd(values))
     }

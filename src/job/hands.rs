@@ -197,7 +197,10 @@ pub(super) async fn open(path: &Utf8Path) -> Result<fs::File, HandsError> {
 
 /// Reads a regular file up to a length; nothing if it is not there. What a job put in its place, a
 /// link or a pipe, counts as not there.
-pub(super) async fn read(path: &Utf8Path, most: u64) -> Result<Option<Vec<u8>>, HandsError> {
+pub(super) async fn read_regular(
+    path: &Utf8Path,
+    most: u64,
+) -> Result<Option<Vec<u8>>, HandsError> {
     blocking("read", path, move |path| {
         if !existing(path, fs::Metadata::is_file)? {
             return Ok(None);
