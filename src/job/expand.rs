@@ -73,9 +73,9 @@ impl Reader<'_, '_> {
                         self.at += 1;
                         result.push(escaped);
                     }
-                    Some('}') if until.is_some() => {
+                    Some(end) if until.is_some_and(|ends| ends.contains(&end)) => {
                         self.at += 1;
-                        result.push('}');
+                        result.push(end);
                     }
                     _ => result.push('\\'),
                 },

@@ -184,9 +184,9 @@ async fn a_later_job_gets_files_and_variables_of_an_earlier_one() {
 async fn what_has_expired_fails_the_later_job_or_is_not_found() {
     let bed = Bed::new().await;
     let maker = bed.take(NewJob::new("build")).await;
-    bed.post(&maker, "?expire_in=1+hour", zip("a")).await;
+    bed.post(&maker, "?expire_in=10+mins", zip("a")).await;
     let user = bed.take(NewJob::new("use").needs(maker.id)).await;
-    bed.gitlab.advance(Duration::from_secs(3601));
+    bed.gitlab.advance(Duration::from_secs(1200));
     assert_eq!(bed.fetch(maker.id, &user.token).await.status(), 404);
     let late = bed.gitlab.enqueue(NewJob::new("late").needs(maker.id));
     assert_eq!(bed.ask().await.status(), 204);
