@@ -7,15 +7,25 @@
 //!
 //! It knows nothing of jobs, of GitLab's calls or of where archives are kept.
 
+mod beneath;
+mod blocks;
+mod glob;
+mod members;
+mod out;
 mod pack;
+mod place;
 mod select;
+mod tar_in;
+mod tar_out;
 mod unpack;
+mod zip_in;
+mod zip_out;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use pack::{Format, Level, Packed, pack};
-pub use select::{Entry, Kind, Selection, Wanted, select};
+pub use select::{Entry, Kind, Selection, UNTRACKED, Wanted, select};
 pub use unpack::{Bounds, Unpacked, unpack};
 
 /// Why files could not be chosen, packed or unpacked.
@@ -82,3 +92,8 @@ fn go_on(stop: &AtomicBool) -> Result<(), ArchiveError> {
 fn shown(name: &[u8]) -> String {
     String::from_utf8_lossy(name).into_owned()
 }
+
+#[cfg(test)]
+mod select_tests;
+#[cfg(test)]
+mod tests;
