@@ -22,7 +22,7 @@ use super::hands::{self, Call, Draft};
 use super::sources::{Output, StageError, Tone};
 use super::variables::Variables;
 use super::{Plan, script};
-use crate::archive::{self, ArchiveError, Entry, Format, Kind, Level, Selection, Wanted};
+use crate::archive::{self, ArchiveError, Format, Level, Selection, Wanted};
 use crate::gitlab::wire::{Artifact, Dependency, JobPayload, Secret};
 use crate::gitlab::{self, ArtifactUpload, UploadAnswer, UploadArtifactReply};
 
@@ -288,10 +288,7 @@ impl Plan {
             let file = format!("{base}-metadata.json");
             let path = self.project_dir.join(&file);
             hands::write_shared(&path, text.into_bytes()).await.map_err(&broken)?;
-            let name = file.into_bytes();
-            selection.entries.retain(|entry| entry.name != name);
-            let at = selection.entries.partition_point(|entry| entry.name < name);
-            selection.entries.insert(at, Entry { name, kind: Kind::File });
+            selection = self.with_file(stage, selection, file, &stop, out).await?;
         }
         if let Some(dir) = into.parent() {
             hands::make_dir(dir).await.map_err(&broken)?;
@@ -388,8 +385,12 @@ impl Plan {
         let selection = blocking(stage, move || archive::select(&root, &wanted, &flag)).await?;
         let selection = selection.map_err(|error| of_archive(stage, &error, out))?;
         for (pattern, found) in &selection.found {
-            let text = format!("{pattern}: found {found} matching artifact files and directories");
-            out.remark(Tone::Plain, &text);
+            let what = if pattern == archive::UNTRACKED {
+                "files"
+            } else {
+                "matching artifact files and directories"
+            };
+            out.remark(Tone::Plain, &format!("{pattern}: found {found} {what}"));
         }
         for (pattern, excluded) in &selection.excluded {
             out.remark(Tone::Plain, &format!("{pattern}: excluded {excluded} files"));
@@ -397,6 +398,26 @@ impl Plan {
         for warning in &selection.warnings {
             out.remark(Tone::Warning, warning);
         }
+        Ok(selection)
+    }
+
+    /// Adds a file by its very name.
+    async fn with_file(
+        &self,
+        stage: &'static str,
+        mut selection: Selection,
+        file: String,
+        stop: &Stop,
+        out: Out<'_>,
+    ) -> Result<Selection, StageError> {
+        let name = file.into_bytes();
+        let wanted = Wanted { untracked: vec![name.clone()], ..Wanted::default() };
+        let (root, flag) = (self.project_dir.clone(), stop.flag());
+        let found = blocking(stage, move || archive::select(&root, &wanted, &flag)).await?;
+        let found = found.map_err(|error| of_archive(stage, &error, out))?;
+        selection.entries.retain(|entry| entry.name != name);
+        selection.entries.extend(found.entries);
+        selection.entries.sort_by(|one, other| one.name.cmp(&other.name));
         Ok(selection)
     }
 
