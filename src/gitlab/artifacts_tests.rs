@@ -107,10 +107,9 @@ async fn take(
 ) -> (CiJobId, Secret) {
     gitlab.enqueue(job);
     let info = Info::new(InfoOptions { name: "bridge".into(), ..InfoOptions::default() });
-    match client.request_job(runner, "s_0123456789ab", &info, None).await.unwrap() {
-        RequestReply::Job(job) => (CiJobId(job.payload.id), job.payload.token.clone()),
-        other => panic!("{other:?}"),
-    }
+    let reply = client.request_job(runner, "s_0123456789ab", &info, None).await.unwrap();
+    let RequestReply::Job(job) = reply else { panic!("{reply:?}") };
+    (CiJobId(job.payload.id), job.payload.token.clone())
 }
 
 #[tokio::test]

@@ -583,14 +583,17 @@ pub(super) fn status_line(status: u16) -> String {
 
 /// Says who is to blame: what the author asked for is the job's failure, a disk that is full ours.
 pub(super) fn of_archive(stage: &'static str, error: &ArchiveError, out: Out<'_>) -> StageError {
-    let detail = match error {
-        ArchiveError::Io { source, .. } => format!("{error}: {source}"),
-        other => other.to_string(),
-    };
     match error {
-        ArchiveError::Io { .. } | ArchiveError::Stopped => StageError::Broken { stage, detail },
-        _ => {
-            out.remark(Tone::Error, &detail);
+        ArchiveError::Io { source, .. } => {
+            StageError::Broken { stage, detail: format!("{error}: {source}") }
+        }
+        ArchiveError::Stopped => StageError::Broken { stage, detail: error.to_string() },
+        ArchiveError::NotRegular { .. }
+        | ArchiveError::NotOne
+        | ArchiveError::TooMuch { .. }
+        | ArchiveError::Unsupported { .. }
+        | ArchiveError::Damaged { .. } => {
+            out.remark(Tone::Error, &error.to_string());
             StageError::Failed { stage, exit_code: 1 }
         }
     }
