@@ -227,21 +227,23 @@ async fn every_status_of_an_upload_is_a_reply() {
 
 #[tokio::test]
 async fn an_upload_that_moves_outlives_every_timeout_and_one_that_does_not_ends() {
-    let timeouts = Timeouts {
-        call: Duration::from_millis(400),
-        idle: Duration::from_millis(300),
-        request_head: Duration::from_millis(1500),
-        ..Timeouts::default()
-    };
-    let bed = Bed::with(Options::default(), timeouts).await;
+    // Less than the whole takes, and far more than there is between two pieces.
+    let (short, long) = (Duration::from_millis(50), Duration::from_secs(60));
+    let timeouts = Timeouts { call: short, idle: long, ..Timeouts::default() };
+    let bed = Bed::with(Options::default(), Timeouts::default()).await;
     let file = bed.dir.file("a.zip", &zip(12_000_000));
     bed.gitlab.adjust(|knobs| knobs.slow_reader = Some(Duration::from_millis(3)));
-    let begun = std::time::Instant::now();
-    let answer = bed.up(&file).await.unwrap();
+    let patient = client_with(&bed.gitlab.url(), timeouts);
+    let answer = patient.upload_artifact(bed.auth(), &upload(&file)).await.unwrap();
     assert_eq!(answer.reply, UploadArtifactReply::Stored);
+
     bed.gitlab.adjust(|knobs| knobs.slow_reader = Some(Duration::from_secs(3600)));
-    let error = bed.up(&file).await.unwrap_err();
-    assert!(error.to_string().contains("no answer within"), "{error} after {:?}", begun.elapsed());
+    let idle = Duration::from_millis(300);
+    let timeouts = Timeouts { idle, request_head: idle, ..Timeouts::default() };
+    let hasty = client_with(&bed.gitlab.url(), timeouts);
+    let error = hasty.upload_artifact(bed.auth(), &upload(&file)).await.unwrap_err();
+    assert!(error.to_string().contains("no answer within"), "{error}");
+    assert_eq!(error.kind(), ErrorKind::Transient);
 }
 
 #[tokio::test]
