@@ -79,6 +79,7 @@
 //!   never gets it does the same a round later.
 
 pub mod agent;
+pub mod archive;
 pub mod cli;
 pub mod config;
 pub mod coordinator;

@@ -28,6 +28,12 @@ pub enum Endpoint {
     Patch,
     /// `GET /job`.
     JobInfo,
+    /// `POST /jobs/:id/artifacts`.
+    UploadArtifact,
+    /// `GET /jobs/:id/artifacts`.
+    DownloadArtifact,
+    /// Any call to the second host, where files are kept.
+    ObjectStorage,
     /// git over HTTP.
     Git,
     /// Anything else.
@@ -36,7 +42,7 @@ pub enum Endpoint {
 
 impl Endpoint {
     /// Every kind, in the order of the counters.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 15] = [
         Self::Register,
         Self::Verify,
         Self::Unregister,
@@ -47,6 +53,9 @@ impl Endpoint {
         Self::FinalUpdate,
         Self::Patch,
         Self::JobInfo,
+        Self::UploadArtifact,
+        Self::DownloadArtifact,
+        Self::ObjectStorage,
         Self::Git,
         Self::Unknown,
     ];

@@ -17,20 +17,20 @@ const FEATURES: &[(&str, bool)] = &[
     ("variables", true),
     ("image", false),
     ("services", false),
-    ("artifacts", false),
+    ("artifacts", true),
     ("cache", false),
     ("fallback_cache_keys", false),
     // Several jobs share a machine and its file systems.
     ("shared", true),
-    ("upload_multiple_artifacts", false),
-    ("upload_raw_artifacts", false),
+    ("upload_multiple_artifacts", true),
+    ("upload_raw_artifacts", true),
     ("session", false),
     ("terminal", false),
     ("refspecs", true),
     ("masking", true),
     ("proxy", false),
     ("raw_variables", true),
-    ("artifacts_exclude", false),
+    ("artifacts_exclude", true),
     ("multi_build_steps", true),
     ("trace_reset", true),
     ("trace_checksum", true),
@@ -214,6 +214,8 @@ mod tests {
         assert_eq!(
             claimed,
             [
+                "artifacts",
+                "artifacts_exclude",
                 "cancel_gracefully",
                 "cancelable",
                 "masking",
@@ -225,6 +227,8 @@ mod tests {
                 "trace_checksum",
                 "trace_reset",
                 "trace_size",
+                "upload_multiple_artifacts",
+                "upload_raw_artifacts",
                 "variables",
             ]
         );

@@ -20,10 +20,10 @@ use super::tls;
 use super::wire::Secret;
 use super::{ClientOptions, Timeouts};
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// As many as Go's client follows, so as many as the official runner does.
-const MAX_REDIRECTS: usize = 10;
+pub(super) const MAX_REDIRECTS: usize = 10;
 
 /// Enough for any answer but a job.
 pub(super) const SMALL_ANSWER: usize = 64 * 1024;
@@ -168,6 +168,14 @@ impl Transport {
         &self.options
     }
 
+    pub(super) fn base(&self) -> &Url {
+        &self.base
+    }
+
+    pub(super) fn next_request_id(&self) -> String {
+        self.request_ids.next()
+    }
+
     pub(super) fn ca_pem(&self) -> Option<Arc<str>> {
         self.fresh.read().unwrap_or_else(PoisonError::into_inner).ca_pem.clone()
     }
@@ -175,7 +183,7 @@ impl Transport {
     /// Gives the connections, new ones if the old ones served long enough: certificates, their
     /// files and load balancers change under a daemon that runs for months. Calls in flight end
     /// on the old ones.
-    fn http(&self) -> reqwest::Client {
+    pub(super) fn http(&self) -> reqwest::Client {
         let (http, age) = {
             let fresh = self.fresh.read().unwrap_or_else(PoisonError::into_inner);
             (fresh.http.clone(), fresh.since.elapsed())
@@ -205,7 +213,7 @@ impl Transport {
         renewed
     }
 
-    fn url(&self, path: &str, query: Option<&str>) -> Url {
+    pub(super) fn url(&self, path: &str, query: Option<&str>) -> Url {
         let mut url = self.base.clone();
         let mut full = String::with_capacity(self.base.path().len() + path.len());
         full.push_str(self.base.path());
@@ -270,7 +278,7 @@ impl Transport {
 
     /// Reads the body as far as it comes. That it did not come whole is the answer's `fault`, not
     /// an error: status and headers already say most, and half a job still names its id.
-    async fn read(
+    pub(super) async fn read(
         &self,
         call: Call,
         mut response: reqwest::Response,
@@ -325,7 +333,7 @@ impl Transport {
 
 /// Says whether `to` is the server that was configured. Its encrypted front is another one: the
 /// token has then travelled in the clear already, and the operator must know.
-fn same_server(from: &Url, to: &Url) -> bool {
+pub(super) fn same_server(from: &Url, to: &Url) -> bool {
     from.origin() == to.origin() && to.username().is_empty() && to.password().is_none()
 }
 
@@ -352,7 +360,7 @@ fn api_base(url: &Url) -> Result<Url, Error> {
     Ok(base)
 }
 
-fn header_of(
+pub(super) fn header_of(
     credential: Credential<'_>,
 ) -> Result<Option<(HeaderName, HeaderValue)>, InvalidHeaderValue> {
     let (name, token) = match credential {
@@ -367,7 +375,7 @@ fn header_of(
     Ok(Some((name, value)))
 }
 
-fn transport_cause(error: reqwest::Error) -> Cause {
+pub(super) fn transport_cause(error: reqwest::Error) -> Cause {
     let error = error.without_url();
     if error.is_connect() {
         Cause::NoConnection(error)
@@ -378,7 +386,7 @@ fn transport_cause(error: reqwest::Error) -> Cause {
     }
 }
 
-fn named_request_id(headers: &HeaderMap) -> Option<String> {
+pub(super) fn named_request_id(headers: &HeaderMap) -> Option<String> {
     let id = headers.get(REQUEST_ID)?.to_str().ok()?.trim();
     (!id.is_empty() && id.len() <= 128).then(|| id.to_owned())
 }

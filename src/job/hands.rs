@@ -4,16 +4,21 @@
 //! a process gets an environment built up from nothing, closed standard input, a process group of its
 //! own that does not outlive it, and a bound on what it may say.
 
+use std::ffi::OsStr;
 use std::fs;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use camino::{Utf8Path, Utf8PathBuf};
+use rustix::fs::OFlags;
 use rustix::process::{Pid, Signal};
+use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 
@@ -139,6 +144,108 @@ pub(super) async fn write_private(path: &Utf8Path, content: Secret) -> Result<()
     .await
 }
 
+/// A file of ours on its way to its name: without [`Draft::keep`] it is removed.
+#[derive(Debug)]
+pub(super) struct Draft {
+    path: Utf8PathBuf,
+}
+
+impl Draft {
+    /// Makes a new file that only its owner may read; whatever had the name is removed first.
+    pub(super) async fn create(path: &Utf8Path) -> Result<(Self, fs::File), HandsError> {
+        let draft = Self { path: path.to_owned() };
+        let file = blocking("make the file", path, |path| {
+            remove_now(path)?;
+            fs::OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
+        })
+        .await?;
+        Ok((draft, file))
+    }
+
+    /// Names a file that somebody else writes.
+    pub(super) fn at(path: Utf8PathBuf) -> Self {
+        Self { path }
+    }
+
+    /// Gives the file its name, once its bytes are on the disk.
+    pub(super) async fn keep(self, file: fs::File, path: &Utf8Path) -> Result<(), HandsError> {
+        let (from, to) = (self.path.clone(), path.to_owned());
+        blocking("keep", path, move |_| {
+            file.sync_all()?;
+            fs::rename(&from, &to)?;
+            match to.parent() {
+                Some(dir) => fs::File::open(dir)?.sync_all(),
+                None => Ok(()),
+            }
+        })
+        .await
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if let Err(error) = remove_now(&self.path) {
+            tracing::warn!(path = %self.path, %error, "temporary file not removed");
+        }
+    }
+}
+
+/// Opens a file of ours to read it.
+pub(super) async fn open(path: &Utf8Path) -> Result<fs::File, HandsError> {
+    blocking("open", path, |path| fs::File::open(path)).await
+}
+
+/// Reads a regular file up to a length; nothing if it is not there. What a job put in its place, a
+/// link or a pipe, counts as not there.
+pub(super) async fn read_regular(
+    path: &Utf8Path,
+    most: u64,
+) -> Result<Option<Vec<u8>>, HandsError> {
+    blocking("read", path, move |path| {
+        if !existing(path, fs::Metadata::is_file)? {
+            return Ok(None);
+        }
+        let nofollow = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let flags = i32::try_from(nofollow.bits()).map_err(io::Error::other)?;
+        let file = fs::OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+        let mut content = Vec::new();
+        file.take(most).read_to_end(&mut content)?;
+        Ok(Some(content))
+    })
+    .await
+}
+
+/// Writes a new file into the checkout, which others may read as they may read its neighbours.
+pub(super) async fn write_shared(path: &Utf8Path, content: Vec<u8>) -> Result<(), HandsError> {
+    blocking("write", path, move |path| {
+        remove_now(path)?;
+        let mut file =
+            fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)?;
+        file.write_all(&content)
+    })
+    .await
+}
+
+/// Computes SHA-256 of a regular file below a directory; `None` if it is none any more.
+pub(super) fn digest(root: &Utf8Path, name: &[u8], stop: &AtomicBool) -> Option<String> {
+    let path = root.as_std_path().join(OsStr::from_bytes(name));
+    let flags = i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits()).ok()?;
+    let mut file = fs::OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 128 * 1024];
+    loop {
+        let len = file.read(&mut buffer).ok()?;
+        if len == 0 {
+            break;
+        }
+        hasher.update(buffer.get(..len)?);
+        if stop.load(Ordering::Relaxed) {
+            return None;
+        }
+    }
+    Some(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
 /// Says whether this is a directory, and no link to one.
 pub(super) async fn is_dir(path: &Utf8Path) -> Result<bool, HandsError> {
     blocking("look at", path, |path| existing(path, fs::Metadata::is_dir)).await
@@ -248,6 +355,50 @@ pub(super) async fn run(call: Call, out: &mut (dyn Output + Send)) -> Result<i32
         result.map_err(failed)?;
     }
     Ok(exit_code(status))
+}
+
+/// Runs a process to its end for what it says; gives its exit code, its output and its complaints.
+///
+/// Output beyond `most` bytes is an error. Dropping the future kills the process and its group.
+pub(super) async fn capture(call: Call, most: u64) -> Result<(i32, Vec<u8>, String), HandsError> {
+    let program = call.program;
+    let failed = |source| HandsError { action: "run", subject: program.to_owned(), source };
+    let mut child = tokio::process::Command::new(program)
+        .args(&call.args)
+        .env_clear()
+        .envs(INHERITED.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
+        .envs(call.env.iter().map(|(name, value)| (name, value.expose())))
+        .current_dir(&call.dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(failed)?;
+    let group = Group::of(&child);
+    let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
+        return Err(failed(io::Error::other("its output cannot be had")));
+    };
+    let (mut output, mut complaints) = (Vec::new(), Vec::new());
+    let reading = async {
+        let mut limited = stdout.take(most.saturating_add(1));
+        let said = limited.read_to_end(&mut output).await;
+        // A process that is not read from any more ends with a broken pipe.
+        drop(limited);
+        said
+    };
+    let mut some = stderr.take(4096);
+    let (said, heard) = tokio::join!(reading, some.read_to_end(&mut complaints));
+    said.and(heard).map_err(failed)?;
+    drop(some);
+    let status = child.wait().await.map_err(failed)?;
+    drop(group);
+    if u64::try_from(output.len()).unwrap_or(u64::MAX) > most {
+        return Err(failed(io::Error::other("it says more than can be taken in")));
+    }
+    let complaint = String::from_utf8_lossy(&complaints).lines().next().unwrap_or_default().into();
+    Ok((exit_code(status), output, complaint))
 }
 
 fn receiver(reader: io::PipeReader) -> io::Result<pipe::Receiver> {

@@ -7,8 +7,9 @@
 //!
 //! *On the submit node*, before submission: directories, file variables, sources
 //! ([`Plan::get_sources`]). Compute nodes often have no way out, git burns no core-hours there, and
-//! GitLab is reached from one place. *In the batch job*: the steps and `after_script`, in the script of
-//! [`Plan::spec`]. *On the submit node again*, afterwards: [`Plan::cleanup`].
+//! GitLab is reached from one place; artifacts of earlier jobs too ([`Plan::download_artifacts`]). *In
+//! the batch job*: the steps and `after_script`, in the script of [`Plan::spec`]. *On the submit node
+//! again*, afterwards: artifacts ([`Plan::pack_artifact`]), [`Plan::cleanup`].
 //!
 //! # Pure and impure
 //!
@@ -23,6 +24,10 @@
 //! nowhere else: not in `.git/config`, not in an argument list. [`MaskInputs`] names everything that
 //! must not be seen in the trace.
 
+mod artifacts;
+mod attestation;
+mod dependencies;
+mod expand;
 mod hands;
 mod paths;
 mod resources;
@@ -39,6 +44,7 @@ use bridge_backend::{EnvVar, JobSpec, Limits};
 use camino::{Utf8Path, Utf8PathBuf};
 use url::Url;
 
+pub use self::artifacts::{AfterUpload, PackedArtifact, Ran, after_upload};
 pub use self::settings::{GitStrategy, Settings};
 pub use self::sources::{Output, StageError, Tone};
 
@@ -224,6 +230,7 @@ pub struct Plan {
     repository: Option<Repository>,
     hooks: sources::Hooks,
     get_sources_timeout: Duration,
+    transfers: artifacts::Transfers,
     runner: RunnerContext,
 }
 
@@ -303,6 +310,7 @@ pub fn plan(payload: &JobPayload, runner: &RunnerContext, slot: Slot) -> Result<
             .get_sources_timeout
             .filter(|limit| !limit.is_zero())
             .map_or(timeout, |limit| limit.min(timeout)),
+        transfers: artifacts::Transfers::of(payload, &variables),
         runner: runner.clone(),
         project_dir,
         temp_dir,
@@ -359,11 +367,6 @@ fn left_out(payload: &JobPayload, variables: &Variables) -> Option<String> {
         ("services", !payload.services.is_empty()),
         ("submodules", submodules),
         ("cache", !payload.cache.is_empty()),
-        (
-            "artifacts of earlier jobs",
-            payload.dependencies.iter().any(|dependency| dependency.artifacts_file.is_some()),
-        ),
-        ("artifacts", !payload.artifacts.is_empty()),
     ];
     let names: Vec<&str> =
         wanted.into_iter().filter(|(_, wanted)| *wanted).map(|(name, _)| name).collect();

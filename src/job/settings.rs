@@ -17,12 +17,13 @@ const AFTER_SCRIPT_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 ///
 /// Names and defaults are gitlab-runner's (`helpers/featureflags/flags.go`); a flag that would change
 /// nothing is not listed, and then is an ordinary variable.
-const FLAGS: [(&str, bool); 6] = [
+const FLAGS: [(&str, bool); 7] = [
     ("FF_ENABLE_BASH_EXIT_CODE_CHECK", false),
     ("FF_ENABLE_JOB_CLEANUP", false),
     ("FF_MASK_ALL_DEFAULT_TOKENS", true),
     ("FF_SCRIPT_SECTIONS", false),
     ("FF_TIMESTAMPS", true),
+    ("FF_USE_DIRECT_DOWNLOAD", true),
     ("FF_USE_EXPONENTIAL_BACKOFF_STAGE_RETRY", true),
 ];
 

@@ -70,10 +70,14 @@ pub trait Output {
 /// How a line of our own is meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tone {
+    /// What was found or done, beside the notices.
+    Plain,
     /// What is being done.
     Notice,
     /// What did not go as it should.
     Warning,
+    /// What did not go at all.
+    Error,
 }
 
 /// Why a stage on the submit node did not do its work.

@@ -43,8 +43,10 @@ impl Output for Sink {
 
     fn remark(&mut self, tone: Tone, text: &str) {
         let style = match tone {
+            Tone::Plain => Style::Plain,
             Tone::Notice => Style::Info,
             Tone::Warning => Style::Warning,
+            Tone::Error => Style::Error,
         };
         self.0
             .lock()

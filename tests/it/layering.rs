@@ -8,10 +8,12 @@ use std::path::{Path, PathBuf};
 /// What each module of the crate may use, besides itself.
 const EDGES: &[(&str, &[&str])] = &[
     ("agent", &["domain", "gitlab", "reconcile", "store", "telemetry"]),
+    ("archive", &[]),
     (
         "cli",
         &[
             "agent",
+            "archive",
             "config",
             "coordinator",
             "daemon",
@@ -44,7 +46,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("domain", &[]),
     ("gitlab", &["domain"]),
     ("http", &["config", "telemetry"]),
-    ("job", &["domain", "gitlab"]),
+    ("job", &["archive", "domain", "gitlab"]),
     ("pipeline", &[]),
     ("reconcile", &["domain", "gitlab", "job", "store", "telemetry", "trace"]),
     ("registry", &["config", "domain"]),

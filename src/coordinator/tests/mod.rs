@@ -1,5 +1,6 @@
 //! The coordinator met by a plain HTTP client.
 
+mod artifacts;
 mod cancelling;
 mod faults;
 mod git_http;
