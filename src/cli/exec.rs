@@ -15,7 +15,7 @@ use crate::cli::Context;
 use crate::cli::exec_payload::new_job;
 use crate::cli::exec_view::{JobLine, Mood, View, is_live, summary, write_trace};
 use crate::cli::exit::{Exit, Failure};
-use crate::cli::{exec_given, exec_list};
+use crate::cli::{exec_artifacts, exec_given, exec_list};
 use crate::config;
 use crate::coordinator::{Coordinator, JobView, Options, RunnerOptions, Status};
 use crate::daemon::{Daemon, StartError};
@@ -72,6 +72,11 @@ pub struct ExecArgs {
     /// A value for one of the file's `spec: inputs` (repeatable)
     #[arg(long = "input", value_name = "KEY=VALUE")]
     inputs: Vec<String>,
+    /// Write each job's artifacts into a folder of its name below this one
+    ///
+    /// Without it they travel between jobs and are gone afterwards.
+    #[arg(long, value_name = "DIR")]
+    artifacts: Option<Utf8PathBuf>,
     /// Where caches are kept from run to run
     ///
     /// [default: a folder of the project's own below ~/.cache/bridge/exec]
@@ -91,6 +96,8 @@ pub struct ExecArgs {
 #[derive(Debug, Default)]
 struct Going {
     ci_job: Option<i64>,
+    /// The jobs whose artifacts it gets.
+    needs: Vec<i64>,
     /// How often it has failed and begun anew.
     retries: u32,
     line: Option<JobLine>,
@@ -352,13 +359,21 @@ impl ExecArgs {
         let mut interrupted: Option<Instant> = None;
         let mut interrupt =
             tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
+        let folders = match &self.artifacts {
+            Some(dir) => exec_artifacts::folders(pipeline, dir),
+            None => Vec::new(),
+        };
         let result = loop {
             for index in run.startable() {
                 let Some(job) = pipeline.jobs.get(index) else { continue };
-                let id = coordinator.enqueue(new_job(job, source, &told.predefined));
+                let earlier = pipeline.artifacts_for(index).into_iter();
+                let needs: Vec<i64> =
+                    earlier.filter_map(|other| going.get(other)?.ci_job).collect();
+                let id = told.enqueue(job, &needs, coordinator);
                 run.started(index);
                 if let Some(going) = going.get_mut(index) {
                     going.ci_job = Some(id);
+                    going.needs = needs;
                     going.started = Some(Instant::now());
                 }
             }
@@ -376,11 +391,15 @@ impl ExecArgs {
                         state.retries += 1;
                         let most = job.retry.max;
                         view.note(&format!("{}: retry {} of {most}", job.name, state.retries))?;
-                        state.ci_job =
-                            Some(coordinator.enqueue(new_job(job, source, &told.predefined)));
+                        state.ci_job = Some(told.enqueue(job, &state.needs, coordinator));
                     } else {
                         state.took = state.started.map(|at| at.elapsed()).unwrap_or_default();
                         run.ended(index, end);
+                        if let Some(folder) = folders.get(index) {
+                            for warning in exec_artifacts::keep(coordinator, id, folder).await? {
+                                view.note(&format!("{}: {warning}", job.name))?;
+                            }
+                        }
                     }
                 }
                 let line =
@@ -455,6 +474,17 @@ struct Told<'a> {
     predefined: Vec<pipeline::Variable>,
     /// The manual jobs that were asked for.
     manual: Vec<String>,
+}
+
+impl Told<'_> {
+    /// Puts a job into the queue.
+    fn enqueue(&self, job: &pipeline::Job, needs: &[i64], coordinator: &Coordinator) -> i64 {
+        let mut new = new_job(job, self.source, &self.predefined);
+        for id in needs {
+            new = new.needs(*id);
+        }
+        coordinator.enqueue(new)
+    }
 }
 
 /// The folders of a run's runner.

@@ -8,6 +8,7 @@ mod config_file;
 pub mod db;
 pub mod doctor;
 pub mod exec;
+mod exec_artifacts;
 mod exec_given;
 mod exec_list;
 mod exec_payload;

@@ -20,7 +20,7 @@ pub(super) struct Expression {
 #[derive(Clone, Debug)]
 enum Tree {
     Value(Operand),
-    Binary(Operator, Box<Tree>, Box<Tree>),
+    Binary(Operator, Box<Self>, Box<Self>),
 }
 
 #[derive(Clone, Debug)]

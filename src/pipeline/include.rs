@@ -262,7 +262,7 @@ impl<'a> Includer<'a> {
                 match entry.file_type() {
                     Ok(kind) if kind.is_dir() && entry.file_name() != ".git" => open.push(path),
                     Ok(kind) if !kind.is_dir() && pattern.matches(path.as_str()) => {
-                        found.push(path)
+                        found.push(path);
                     }
                     Ok(_) | Err(_) => {}
                 }

@@ -375,7 +375,7 @@ impl Reader<'_> {
             match entry.key.as_str() {
                 // The commits that changed the files tell as much as their contents.
                 "files" | "files_commits" => {
-                    files = self.words("cache: key: files", &entry.value)?
+                    files = self.words("cache: key: files", &entry.value)?;
                 }
                 "prefix" => prefix = self.word("cache: key: prefix", &entry.value)?,
                 word => {
