@@ -148,7 +148,10 @@ impl ExecArgs {
         let config = self.configure(
             context,
             state,
-            &Places { work: work.path.clone(), cache: self.cache_dir(&pipeline, &work.path)? },
+            &Places {
+                work: work.path.clone(),
+                cache: self.link_caches(&pipeline, &source, &work.path)?,
+            },
             &coordinator.url(),
             &token,
         )?;
@@ -244,13 +247,39 @@ impl ExecArgs {
         Work::below(&dir)
     }
 
-    /// Finds where caches are kept: beyond the run only if the pipeline has any.
-    fn cache_dir(&self, pipeline: &Pipeline, work: &Utf8Path) -> anyhow::Result<Utf8PathBuf> {
+    /// Makes the runner's folder for caches; that of the project in it is kept beyond the run.
+    ///
+    /// Runners keep caches by the path of the project's repository, and ours is another in every
+    /// run: a link leads from that path to the folder that stays.
+    fn link_caches(
+        &self,
+        pipeline: &Pipeline,
+        source: &Source,
+        work: &Utf8Path,
+    ) -> anyhow::Result<Utf8PathBuf> {
+        let runner = work.join("cache");
+        if pipeline.jobs.iter().all(|job| job.caches.is_empty()) {
+            return Ok(runner);
+        }
+        let kept = self.cache_dir()?;
+        let path = source.repository.as_str().trim_start_matches('/');
+        let link = runner.join(path.strip_suffix(".git").unwrap_or(path));
+        let make = || -> std::io::Result<()> {
+            std::fs::create_dir_all(&kept)?;
+            if let Some(above) = link.parent() {
+                std::fs::create_dir_all(above)?;
+            }
+            std::os::unix::fs::symlink(&kept, &link)
+        };
+        make().with_context(|| format!("keep caches in {kept}"))?;
+        disown(&kept).with_context(|| format!("take over the caches in {kept}"))?;
+        Ok(runner)
+    }
+
+    /// Finds where the project's caches stay.
+    fn cache_dir(&self) -> anyhow::Result<Utf8PathBuf> {
         if let Some(dir) = &self.cache_dir {
             return Ok(camino::absolute_utf8(dir)?);
-        }
-        if pipeline.jobs.iter().all(|job| job.caches.is_empty()) {
-            return Ok(work.join("cache"));
         }
         let var = |name| std::env::var(name).ok().filter(|path| !path.is_empty());
         let base = var("XDG_CACHE_HOME")
@@ -506,6 +535,20 @@ impl Work {
             Utf8Path::from_path(temp.path()).context("use a folder whose name is no UTF-8")?;
         Ok(Self { path: path.canonicalize_utf8()?, _kept: Some(temp) })
     }
+}
+
+/// Removes the notes that say whose the caches are: the server of an earlier run, whose address was
+/// another one. A cache without such a note belongs to whoever has its path.
+fn disown(kept: &Utf8Path) -> std::io::Result<()> {
+    for entry in kept.read_dir_utf8()? {
+        match std::fs::remove_file(entry?.path().join("metadata.json")) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 fn write_private(path: &Utf8Path, text: &str) -> anyhow::Result<()> {
