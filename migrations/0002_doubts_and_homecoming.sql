@@ -17,9 +17,12 @@ UPDATE jobs SET brought_at = state_at WHERE state IN ('reporting', 'finished', '
 CREATE TABLE uploads (
     job        TEXT    NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
     entry      INTEGER NOT NULL,               -- its place among the payload's artifacts
-    packed_at  INTEGER,                        -- when its packed file was whole on disk
-    refusals   INTEGER NOT NULL DEFAULT 0,     -- how often GitLab did not take it
+    packed     TEXT,                           -- JSON; what must be known to upload its packed file
+    tries      INTEGER NOT NULL DEFAULT 0,     -- how often GitLab was asked to take it and did not
+    silent     INTEGER NOT NULL DEFAULT 0,     -- attempts in a row that nobody answered
+    packed_at  INTEGER,                        -- when the packed file was whole on disk
     settled_at INTEGER,                        -- when GitLab had it, or it was given up
     problem    TEXT,                           -- why it was given up
-    PRIMARY KEY (job, entry)
+    PRIMARY KEY (job, entry),
+    CHECK ((packed IS NULL) = (packed_at IS NULL))
 ) STRICT, WITHOUT ROWID;

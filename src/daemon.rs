@@ -13,15 +13,16 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::agent::{Agent, AgentSettings, Conditions, Reservations, Shared};
-use crate::config::{BackendEntry, Config, Runner};
+use crate::cache::{CacheError, CacheStore};
+use crate::config::{BackendEntry, Config, ImagePolicy, Runner};
 use crate::domain::clock::{Clock, SystemClock};
 use crate::domain::id::{BackendName, JobId, RunnerName};
 use crate::domain::policy;
 use crate::gitlab::{self, Client, ClientOptions, Info, InfoOptions, identity};
-use crate::job::{RunnerContext, Shell};
+use crate::job::{Containers, Mirrors, RunnerContext, Shell};
 use crate::reconcile::{self, Reconciler, RunnerEntry, Settings, Watcher, World};
 use crate::registry::{Registry, RegistryError};
-use crate::store::{Job, Lock, LockError, OpenError, Store, StoreError};
+use crate::store::{Job, KeyFileError, Keyring, Lock, LockError, OpenError, Store, StoreError};
 use crate::telemetry::{CallKind, Chain, Metrics, RunnerLabels, RunnerSettings};
 
 /// How often old jobs are removed.
@@ -48,9 +49,20 @@ pub enum StartError {
     /// The database does not open.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The key file cannot be used.
+    #[error(transparent)]
+    Key(#[from] KeyFileError),
     /// The database does not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// A runner's caches cannot be used as they are configured.
+    #[error("open the caches of the runner {runner}")]
+    Cache {
+        /// The runner.
+        runner: RunnerName,
+        /// Why not.
+        source: CacheError,
+    },
     /// A backend does not open.
     #[error("open the backend {name}")]
     Backend {
@@ -147,6 +159,13 @@ fn crash_at() -> Option<String> {
     std::env::var("BRIDGE_CRASH_AT").ok().filter(|name| !name.is_empty())
 }
 
+/// Dies at a point, if a test asked for it.
+pub(crate) fn crash_point(name: &str) {
+    if crash_at().as_deref() == Some(name) {
+        reconcile::crash(name);
+    }
+}
+
 /// Gives this machine's name.
 pub fn hostname() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
@@ -228,6 +247,7 @@ fn assemble(
                 client: client.clone(),
                 info: info.clone(),
                 context: context(config, runner, &system_id),
+                caches: Arc::new(caches(config, runner)?),
                 hostname: hostname(),
                 output_limit: runner.output_limit,
                 deadline_reserve: runner.deadline_reserve,
@@ -255,6 +275,20 @@ fn assemble(
     Ok(Assembled { world, agents, backends })
 }
 
+/// Opens the caches of a runner. Where runners of several servers share a directory, each server has
+/// one of its own in it: the paths of projects are unique within a server alone.
+fn caches(config: &Config, runner: &Runner) -> Result<CacheStore, StartError> {
+    let mut dir = config.cache_dir(runner);
+    let shared = |other: &&Runner| config.cache_dir(other) == dir && other.url != runner.url;
+    if config.runners.iter().any(|other| shared(&other)) {
+        let server = ci_url(runner);
+        let server = server.split_once("://").map_or(server.as_str(), |(_, rest)| rest);
+        dir.push(server.replace('/', "_"));
+    }
+    CacheStore::open(&dir, &runner.cache, Arc::new(SystemClock))
+        .map_err(|source| StartError::Cache { runner: runner.name.clone(), source })
+}
+
 fn context(config: &Config, runner: &Runner, system_id: &str) -> RunnerContext {
     RunnerContext {
         name: runner.name.0.clone(),
@@ -277,10 +311,16 @@ fn context(config: &Config, runner: &Runner, system_id: &str) -> RunnerContext {
         tls_ca_file: runner.tls_ca_file.clone(),
         tls_cert_file: runner.tls_cert_file.clone(),
         tls_key_file: runner.tls_key_file.clone(),
+        custom_build_dir: runner.custom_build_dir,
+        mirrors: runner.mirrors_dir.clone().map(|dir| Mirrors { dir, keep: runner.mirrors_keep }),
         get_sources_timeout: runner.get_sources_timeout.or(runner.prepare_timeout),
         debug_trace_disabled: runner.debug_trace_disabled,
         runner_feature_flags: runner.feature_flags.clone(),
-        login_shell: true,
+        login_shell: runner.login_shell,
+        containers: match runner.image {
+            ImagePolicy::Ignore => Containers::Ignore,
+            ImagePolicy::Refuse => Containers::Refuse,
+        },
     }
 }
 
@@ -313,11 +353,14 @@ impl Daemon {
         let lock = Lock::acquire(&config.state_dir)?;
         let tracker = TaskTracker::new();
         let store_tracker = TaskTracker::new();
-        let store = Store::open(&config.state_dir, &store_tracker).await?;
-        check_owed(&store, &config).await?;
+        // What the file alone can get wrong comes first: nothing is made for a daemon that cannot start.
         let assembled = assemble(&config, registry, &BTreeMap::new())?;
+        let keys = Keyring::read(&config.key_file)?;
+        let store = Store::open(&config.state_dir, keys, &store_tracker).await?;
+        check_owed(&store, &config).await?;
         let spool_dir = config.state_dir.join("spool");
         make_dir(&spool_dir)?;
+        reconcile::clear_leftovers(&store, &spool_dir).await?;
         let shutdown = CancellationToken::new();
         let labels = Labels::default();
         labels.set(&config, &system_id(config.dir()).map_err(StartError::Identity)?);
@@ -328,8 +371,10 @@ impl Daemon {
             Arc::clone(&clock),
             Settings {
                 spool_dir,
+                artifacts_dir: config.state_dir.join("artifacts"),
                 lost_after: config.lost_after,
                 prepare_workers: config.prepare_workers,
+                finish_workers: config.finish_workers,
                 step_workers: 32,
                 crash_at: crash_at(),
             },
@@ -418,6 +463,9 @@ impl Daemon {
         if old.state_dir != config.state_dir {
             return Err(StartError::NeedsRestart("state_dir"));
         }
+        if old.key_file != config.key_file {
+            return Err(StartError::NeedsRestart("key_file"));
+        }
         if old.listen_address != config.listen_address {
             return Err(StartError::NeedsRestart("listen_address"));
         }
@@ -440,6 +488,27 @@ impl Daemon {
         self.conditions.retain(|who| names.iter().any(|name| name == who));
         self.start_agents(assembled.agents);
         Ok(())
+    }
+
+    /// Puts another token of a runner in force; everything else stays.
+    ///
+    /// Requests under way keep the old one, and are answered to their end. What GitLab said of its
+    /// queue was said to the old token, and is forgotten with the agents.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::reload`].
+    pub async fn replace_token(
+        &self,
+        runner: &RunnerName,
+        token: gitlab::Secret,
+        registry: &Registry,
+    ) -> Result<(), StartError> {
+        let mut config = Config::clone(&self.config());
+        for known in config.runners.iter_mut().filter(|known| known.name == *runner) {
+            known.token = token.clone();
+        }
+        self.reload(config, registry).await
     }
 
     /// Gives the configuration in force.

@@ -23,8 +23,9 @@
 //!    counts for nothing at all.
 //! 6. **Many at once.** The number of questions to a backend does not grow with the number of jobs:
 //!    one round per backend cancels, finds and polls for all of them.
-//! 7. **Secrets have types and a death date.** They are in the payload's row until the job is over, in
-//!    private files until it has ended, and nowhere else: no argument list, no log line, no `Debug`.
+//! 7. **Secrets have types and a death date.** They are in the payload's row, sealed with a key that is
+//!    not in the database, until the job is over, in private files until it has ended, and nowhere else:
+//!    no argument list, no log line, no `Debug`.
 //!
 //! # What is absent
 //!
@@ -37,7 +38,7 @@
 //!
 //! ```text
 //!  GitLab ──201──▶ agent ──▶ row: received
-//!                              │  PUT running, get_sources, files for the script   (dispatch)
+//!                              │  PUT running, sources, caches, earlier artifacts  (dispatch)
 //!                              ▼
 //!                            submitting  ── submit(token) ──▶ backend
 //!                              │  the answer, or find(token)
@@ -45,7 +46,8 @@
 //!                            submitted ─▶ running      one poll per backend        (observe)
 //!                              │            │  log ─▶ spool ─▶ PATCH trace
 //!                              ▼            ▼
-//!                            reporting   ── rest of the trace, PUT verdict ──▶ GitLab (report)
+//!                            reporting   ── caches kept, artifacts uploaded      (finish)
+//!                              │             rest of the trace, PUT verdict ──▶ GitLab (report)
 //!                              ▼
 //!                            finished / abandoned ── nothing left behind ──▶ released (release)
 //! ```
@@ -63,14 +65,19 @@
 //! | E | spool and offsets | cuts the spool to its noted length, reads the log again |
 //! | F | end seen and end noted | polls again |
 //! | G | PATCH accepted and noted | sends again, hears 416, takes the offset from it |
+//! | H | artifact uploaded and noted | uploads the same packed file again: it is kept until then, and GitLab takes the same bytes twice |
 //! | I | verdict accepted and noted | sends again, hears 403 with our own verdict: a yes |
 //! | J | cancel sent and noted | cancels again |
 //! | K | released and noted | releases again |
 //!
-//! (H, the upload of artifacts, comes with artifacts.)
+//! R1 to R4, around a runner's new token, stand in [`rotation`].
 //!
 //! # Where this differs from the design it grew from
 //!
+//! * What a job leaves behind is brought home in `reporting`, after its verdict is noted: a restart then
+//!   goes on with the uploads and never runs anything again. An artifact that GitLab refuses turns a green
+//!   verdict red, which is why the trace's last line is written last.
+//! * Files of a workspace are touched by `job::hands` and by [`archive`], which packs and unpacks them.
 //! * Payloads lie in a table of their own: writing a job's facts must not copy a payload of megabytes.
 //! * Writes that wait together are committed together, each in a savepoint: fifty jobs a second would
 //!   otherwise wait for several hundred `fsync`s. None is acknowledged before the commit it is in.
@@ -79,6 +86,8 @@
 //!   never gets it does the same a round later.
 
 pub mod agent;
+pub mod archive;
+pub mod cache;
 pub mod cli;
 pub mod config;
 pub mod coordinator;
@@ -90,6 +99,7 @@ pub mod job;
 pub mod pipeline;
 pub mod reconcile;
 pub mod registry;
+pub mod rotation;
 pub mod store;
 pub mod telemetry;
 pub mod trace;

@@ -1,14 +1,15 @@
 //! Changing the configuration file without disturbing what is not meant: comments, order, mode.
 
-use std::fs::{self, File, Permissions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 
 use anyhow::Context as _;
 use camino::{Utf8Path, Utf8PathBuf};
 use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, value};
 
 use super::exit::{Exit, Failure};
+use crate::config::write::{Owner, replace};
 use crate::config::{self, Config};
 
 /// What a new file starts with.
@@ -35,17 +36,16 @@ pub(super) struct ConfigFile {
     before: Option<String>,
     document: DocumentMut,
     /// Mode, user and group to keep.
-    owner: Option<(u32, u32, u32)>,
+    owner: Option<Owner>,
 }
 
 impl ConfigFile {
     /// Opens the file, or starts a new one.
     pub(super) fn open(path: &Utf8Path) -> anyhow::Result<Self> {
         let named = path.to_owned();
-        let read = || -> io::Result<(Utf8PathBuf, String, (u32, u32, u32))> {
+        let read = || -> io::Result<(Utf8PathBuf, String, Owner)> {
             let path = path.canonicalize_utf8()?;
-            let meta = fs::metadata(&path)?;
-            let owner = (meta.permissions().mode() & 0o7777, meta.uid(), meta.gid());
+            let owner = Owner::of(&path)?;
             Ok((path.clone(), fs::read_to_string(&path)?, owner))
         };
         match read() {
@@ -138,7 +138,7 @@ impl ConfigFile {
 
     /// Says what the file would mean, without writing it.
     pub(super) fn check(&self) -> anyhow::Result<Config> {
-        let mode = self.owner.map_or(0o600, |(mode, _user, _group)| mode);
+        let mode = self.owner.map_or(0o600, |owner| owner.mode);
         config::check_text(&self.named, self.document.to_string(), mode)
             .context("use the changed configuration")
     }
@@ -163,7 +163,7 @@ impl ConfigFile {
 
     /// Writes a secret beside the configuration, for its owner only.
     pub(super) fn write_secret(&self, path: &Utf8Path, secret: &str) -> anyhow::Result<()> {
-        let owner = self.owner.map(|(_mode, user, group)| (0o600, user, group));
+        let owner = self.owner.map(Owner::private);
         replace(path, format!("{secret}\n").as_bytes(), owner)
             .with_context(|| format!("write {path}"))
     }
@@ -187,26 +187,11 @@ fn parse(text: &str) -> anyhow::Result<DocumentMut> {
     })
 }
 
-/// Replaces a file by way of a temporary one beside it; mode 0600 unless `owner` says otherwise.
-fn replace(path: &Utf8Path, bytes: &[u8], owner: Option<(u32, u32, u32)>) -> io::Result<()> {
-    let dir = path.parent().unwrap_or(Utf8Path::new("/"));
-    let mut file = tempfile::Builder::new().prefix(".bridge-").tempfile_in(dir)?;
-    file.write_all(bytes)?;
-    if let Some((mode, user, group)) = owner {
-        let meta = file.as_file().metadata()?;
-        if (meta.uid(), meta.gid()) != (user, group) {
-            std::os::unix::fs::fchown(file.as_file(), Some(user), Some(group))?;
-        }
-        file.as_file().set_permissions(Permissions::from_mode(mode))?;
-    }
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    // The rename itself must outlive a power cut too: GitLab gives a token once.
-    File::open(dir)?.sync_all()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     const BEFORE: &str = r#"# top comment

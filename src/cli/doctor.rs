@@ -12,15 +12,17 @@ use camino::{Utf8Path, Utf8PathBuf};
 use clap::Args;
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
+use tokio_util::task::TaskTracker;
 
 use super::backends::{Checked, check_one};
 use super::exit::{Exit, gitlab_exit};
 use super::output::Table;
+use super::serve::{KEY_LOST, key_file_hint};
 use super::{Context, client, runners};
 use crate::config::{self, Config, Runner};
 use crate::gitlab::{self, VerifyReply};
 use crate::http::WhoseMove;
-use crate::store;
+use crate::store::{self, Keyring, Store, Wanted};
 use crate::telemetry::Chain;
 
 /// Below this, the next few jobs with long logs fill the disk.
@@ -135,6 +137,7 @@ async fn examine(context: &Context) -> Vec<Finding> {
     findings.push(configuration(&config));
     findings.extend(modes(&config));
     findings.extend(state_dir(&config.state_dir));
+    findings.push(key_file(&config).await);
     let mut instances = BTreeSet::new();
     for runner in &config.runners {
         if instances.insert(runner.url.clone()) {
@@ -227,6 +230,44 @@ fn state_dir(dir: &Utf8Path) -> Vec<Finding> {
         Err(error) => failed(disk, error.into()),
     };
     vec![kind, free]
+}
+
+/// Looks at the keys, and whether they are those that the rows want.
+async fn key_file(config: &Config) -> Finding {
+    let finding = Finding::ok("key file", config.key_file.as_str(), "");
+    let failed = |finding: Finding, detail: String, hint: Option<&str>| {
+        let hint = hint.map(|hint| format!("; {hint}")).unwrap_or_default();
+        finding.fail(Exit::Configuration, WhoseMove::Operator, format!("{detail}{hint}"))
+    };
+    let ring = match Keyring::read(&config.key_file) {
+        Ok(ring) => ring,
+        Err(error) => {
+            return failed(finding, Chain(&error).to_string(), key_file_hint(&error));
+        }
+    };
+    let wanted = match Store::attach(&config.state_dir, &TaskTracker::new()).await {
+        Ok(store) => store.wanted_keys().await.unwrap_or_default(),
+        // Before the first start, or another check says what is wrong with it.
+        Err(_unusable) => Wanted::default(),
+    };
+    let lost = wanted.lost_without(&ring);
+    if lost > 0 {
+        let what = if ring.is_empty() { "is not there" } else { "holds another key" };
+        let detail = format!("it {what}, and what is stored of {lost} jobs was sealed with it");
+        return failed(finding, detail, Some(KEY_LOST));
+    }
+    if config.key_file.starts_with(&config.state_dir) {
+        let detail = "it is within state_dir: whoever copies that has the key too; set key_file";
+        return finding.warn(WhoseMove::Operator, detail);
+    }
+    match ring.ids().as_slice() {
+        [] => Finding { detail: "made at the first start".to_owned(), ..finding },
+        [id] => Finding { detail: format!("key {id}"), ..finding },
+        [_, ..] => {
+            let detail = "an exchange of keys was cut short; finish it with `bridge db rekey`";
+            finding.warn(WhoseMove::Operator, detail)
+        }
+    }
 }
 
 fn file_system(finding: Finding, network: Option<&str>) -> Finding {

@@ -9,16 +9,19 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use camino::{Utf8Path, Utf8PathBuf};
 use clap::Args;
+use sha2::{Digest as _, Sha256};
 
 use crate::cli::Context;
+use crate::cli::exec_payload::new_job;
 use crate::cli::exec_view::{JobLine, Mood, View, is_live, summary, write_trace};
 use crate::cli::exit::{Exit, Failure};
+use crate::cli::{exec_artifacts, exec_given, exec_list};
 use crate::config;
-use crate::coordinator::{Coordinator, Git, JobView, NewJob, Options, RunnerOptions, Status};
+use crate::coordinator::{Coordinator, JobView, Options, RunnerOptions, Status};
 use crate::daemon::{Daemon, StartError};
 use crate::domain::id::CiJobId;
 use crate::domain::job::JobState;
-use crate::pipeline::{self, Ended, Fate, LoadOptions, Pipeline, Run, Skip, Source};
+use crate::pipeline::{self, Ended, Fate, LoadOptions, Pipeline, Project, Run, Skip, Source};
 use crate::store::Store;
 use crate::telemetry::{BuildInfo, Metrics};
 
@@ -49,6 +52,36 @@ pub struct ExecArgs {
     /// Run this manual job, too (repeatable)
     #[arg(long, value_name = "JOB")]
     manual: Vec<String>,
+    /// Run this job with those it needs and no others (repeatable)
+    ///
+    /// The name of a `parallel` job means all its instances. A manual job named here runs.
+    #[arg(long, value_name = "JOB", conflicts_with = "manual")]
+    job: Vec<String>,
+    /// Show the jobs and what they wait for, and run nothing
+    #[arg(long)]
+    list: bool,
+    /// With --list: one JSON object per job
+    #[arg(long, requires = "list")]
+    json: bool,
+    /// A variable for the pipeline; it wins over those of the file (repeatable)
+    #[arg(long = "var", value_name = "KEY=VALUE")]
+    variables: Vec<String>,
+    /// A file with one KEY=VALUE a line; --var wins over it
+    #[arg(long, value_name = "FILE")]
+    variables_file: Option<Utf8PathBuf>,
+    /// A value for one of the file's `spec: inputs` (repeatable)
+    #[arg(long = "input", value_name = "KEY=VALUE")]
+    inputs: Vec<String>,
+    /// Write each job's artifacts into a folder of its name below this one
+    ///
+    /// Without it they travel between jobs and are gone afterwards.
+    #[arg(long, value_name = "DIR")]
+    artifacts: Option<Utf8PathBuf>,
+    /// Where caches are kept from run to run
+    ///
+    /// [default: a folder of the project's own below ~/.cache/bridge/exec]
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<Utf8PathBuf>,
     /// Where workspaces and logs go; on a cluster it must be on the shared file system
     ///
     /// [default: a temporary folder; with a batch system a folder below the home directory]
@@ -63,6 +96,10 @@ pub struct ExecArgs {
 #[derive(Debug, Default)]
 struct Going {
     ci_job: Option<i64>,
+    /// The jobs whose artifacts it gets.
+    needs: Vec<i64>,
+    /// How often it has failed and begun anew.
+    retries: u32,
     line: Option<JobLine>,
     started: Option<Instant>,
     took: Duration,
@@ -75,29 +112,49 @@ impl ExecArgs {
     ///
     /// When it cannot be read or run.
     pub async fn run(self, context: &Context) -> anyhow::Result<Exit> {
-        let options = LoadOptions { ignore_unknown: self.ignore_unknown };
-        let pipeline = match pipeline::load(&self.folder.join(&self.file), &options) {
-            Ok(pipeline) => pipeline,
-            Err(error) => {
-                let failure = Failure::new(Exit::Configuration, "run the pipeline");
-                return Err(failure.source(error).into());
-            }
-        };
-        for manual in &self.manual {
-            if pipeline.position(manual).is_none() {
-                let what =
-                    format!("run the manual job {manual}: the pipeline has none of that name");
-                return Err(Failure::new(Exit::NotFound, what).into());
-            }
-        }
+        let given = exec_given::variables(self.variables_file.as_deref(), &self.variables)?;
+        let inputs = exec_given::inputs(&self.inputs)?;
         let scratch = tempfile::Builder::new().prefix("bridge-exec-").tempdir()?;
         let state = Utf8Path::from_path(scratch.path())
             .context("use a temporary folder whose name is no UTF-8")?;
+        let path = self.folder.join(&self.file);
+        let refused = |error| Failure::new(Exit::Configuration, "run the pipeline").source(error);
+        // Before anything is made of the folder: it may not even be one.
+        let text = pipeline::read(&path).map_err(refused)?;
         let work = self.work_dir(state)?;
         let source = pipeline::source(&self.folder, &work.path).await?;
+        let project = Project::of(&source, self.folder.clone()).await?;
+        let predefined = project.variables.clone();
+        let options =
+            LoadOptions { ignore_unknown: self.ignore_unknown, project, variables: given, inputs };
+        let pipeline =
+            tokio::task::spawn_blocking(move || pipeline::parse(&text, path.as_str(), &options))
+                .await?
+                .map_err(refused)?;
+        let (pipeline, manual) = self.choose(pipeline)?;
+        if self.list {
+            for note in pipeline.notes.iter().chain(&source.notes) {
+                context.output.note(note)?;
+            }
+            exec_list::list(&pipeline, self.json, &context.output)?;
+            return Ok(Exit::Done);
+        }
+        if pipeline.jobs.is_empty() {
+            let what = "run the pipeline: its rules leave all jobs out";
+            return Err(Failure::new(Exit::Configuration, what).hint("--list says why").into());
+        }
         let coordinator = Coordinator::start(Options::default()).await?;
         let token = coordinator.add_runner(RunnerOptions::default());
-        let config = self.configure(context, state, &work.path, &coordinator.url(), &token)?;
+        let config = self.configure(
+            context,
+            state,
+            &Places {
+                work: work.path.clone(),
+                cache: self.link_caches(&pipeline, &source, &work.path)?,
+            },
+            &coordinator.url(),
+            &token,
+        )?;
         let daemon = match Daemon::start(
             config,
             &context.registry,
@@ -113,7 +170,10 @@ impl ExecArgs {
         };
         let checked = self.check_backend(&daemon).await;
         let code = match checked {
-            Ok(()) => self.drive(&pipeline, &source, &coordinator, &daemon).await,
+            Ok(()) => {
+                let told = Told { pipeline: &pipeline, source: &source, predefined, manual };
+                self.drive(&told, &coordinator, &daemon).await
+            }
             Err(error) => {
                 let failure = Failure::new(Exit::Backend, "use the backend");
                 Err(failure.hint("nothing was submitted").source(error).into())
@@ -124,6 +184,44 @@ impl ExecArgs {
         code
     }
 
+    /// Finds the jobs that were named: the pipeline that is left, and the manual jobs that run.
+    fn choose(&self, pipeline: Pipeline) -> Result<(Pipeline, Vec<String>), Failure> {
+        for manual in &self.manual {
+            if pipeline.named(manual).is_empty() {
+                let what =
+                    format!("run the manual job {manual}: the pipeline has none of that name");
+                return Err(Failure::new(Exit::NotFound, what));
+            }
+        }
+        let names = |pipeline: &Pipeline, named: &[String]| {
+            let places = named.iter().flat_map(|name| pipeline.named(name));
+            let names = places.filter_map(|place| pipeline.jobs.get(place));
+            names.map(|job| job.name.clone()).collect::<Vec<String>>()
+        };
+        if self.job.is_empty() {
+            let manual = names(&pipeline, &self.manual);
+            return Ok((pipeline, manual));
+        }
+        let mut wanted = Vec::new();
+        for name in &self.job {
+            let found = pipeline.named(name);
+            if found.is_empty() {
+                let left = pipeline.left_out.iter().find(|left| left.name == *name);
+                let why = match left {
+                    Some(left) => format!("it is not in the pipeline: {}", left.why),
+                    None => "the pipeline has none of that name".to_owned(),
+                };
+                let failure = Failure::new(Exit::NotFound, format!("run the job {name}: {why}"));
+                return Err(failure.hint("--list shows the jobs"));
+            }
+            wanted.extend(found);
+        }
+        let chosen = pipeline.only(&wanted);
+        // Whoever is needed is asked for as well.
+        let manual = chosen.jobs.iter().map(|job| job.name.clone()).collect();
+        Ok((chosen, manual))
+    }
+
     async fn check_backend(&self, daemon: &Daemon) -> Result<(), bridge_backend::BackendError> {
         for backend in daemon.backends().into_values() {
             backend.check().await?;
@@ -132,11 +230,11 @@ impl ExecArgs {
     }
 
     fn work_dir(&self, scratch: &Utf8Path) -> anyhow::Result<Work> {
-        if let Some(dir) = &self.work_dir {
+        if let Some(dir) = self.work_dir.as_ref().filter(|_| !self.list) {
             std::fs::create_dir_all(dir)?;
             return Work::below(dir);
         }
-        if self.backend == "local" {
+        if self.backend == "local" || self.list {
             let path = scratch.join("work");
             std::fs::create_dir_all(&path)?;
             return Ok(Work { path, _kept: None });
@@ -149,15 +247,66 @@ impl ExecArgs {
         Work::below(&dir)
     }
 
+    /// Makes the runner's folder for caches; that of the project in it is kept beyond the run.
+    ///
+    /// Runners keep caches by the path of the project's repository, and ours is another in every
+    /// run: a link leads from that path to the folder that stays.
+    fn link_caches(
+        &self,
+        pipeline: &Pipeline,
+        source: &Source,
+        work: &Utf8Path,
+    ) -> anyhow::Result<Utf8PathBuf> {
+        let runner = work.join("cache");
+        if pipeline.jobs.iter().all(|job| job.caches.is_empty()) {
+            return Ok(runner);
+        }
+        let kept = self.cache_dir()?;
+        let path = source.repository.as_str().trim_start_matches('/');
+        let link = runner.join(path.strip_suffix(".git").unwrap_or(path));
+        let make = || -> std::io::Result<()> {
+            std::fs::create_dir_all(&kept)?;
+            if let Some(above) = link.parent() {
+                std::fs::create_dir_all(above)?;
+            }
+            std::os::unix::fs::symlink(&kept, &link)
+        };
+        make().with_context(|| format!("keep caches in {kept}"))?;
+        disown(&kept).with_context(|| format!("take over the caches in {kept}"))?;
+        Ok(runner)
+    }
+
+    /// Finds where the project's caches stay.
+    fn cache_dir(&self) -> anyhow::Result<Utf8PathBuf> {
+        if let Some(dir) = &self.cache_dir {
+            return Ok(camino::absolute_utf8(dir)?);
+        }
+        let var = |name| std::env::var(name).ok().filter(|path| !path.is_empty());
+        let base = var("XDG_CACHE_HOME")
+            .map(Utf8PathBuf::from)
+            .or_else(|| var("HOME").map(|home| Utf8PathBuf::from(home).join(".cache")))
+            .context("find a place for caches without HOME; use --cache-dir")?;
+        // Folders of the same name have nothing to do with each other.
+        let folder = self.folder.canonicalize_utf8()?;
+        let digest = Sha256::digest(folder.as_str().as_bytes());
+        let mut name = folder.file_name().unwrap_or("project").to_owned();
+        name.push('-');
+        for byte in digest.iter().take(6) {
+            write!(name, "{byte:02x}")?;
+        }
+        Ok(base.join("bridge/exec").join(name))
+    }
+
     /// Writes the configuration that `serve` would have, and reads it as `serve` does.
     fn configure(
         &self,
         context: &Context,
         state: &Utf8Path,
-        work: &Utf8Path,
+        places: &Places,
         url: &str,
         token: &str,
     ) -> anyhow::Result<config::Config> {
+        let work = &places.work;
         let mut backend = self.backend_table(context)?;
         if !backend.contains_key("jobs_dir") && self.shares_nothing_else(&backend) {
             backend.insert("jobs_dir".into(), work.join("jobs").into_string().into());
@@ -169,7 +318,7 @@ impl ExecArgs {
         runner.insert("token_file".into(), "exec.token".into());
         runner.insert("backend".into(), self.backend.clone().into());
         runner.insert("builds_dir".into(), text(&work.join("builds")));
-        runner.insert("cache_dir".into(), text(&work.join("cache")));
+        runner.insert("cache_dir".into(), text(&places.cache));
         let mut backends = toml::Table::new();
         backends.insert(self.backend.clone(), backend.into());
         let mut file = toml::Table::new();
@@ -222,11 +371,11 @@ impl ExecArgs {
     /// Plays GitLab's part: hands out what may start, takes in what ended.
     async fn drive(
         &self,
-        pipeline: &Pipeline,
-        source: &Source,
+        told: &Told<'_>,
         coordinator: &Coordinator,
         daemon: &Daemon,
     ) -> anyhow::Result<Exit> {
+        let Told { pipeline, source, .. } = *told;
         let names: Vec<String> = pipeline.jobs.iter().map(|job| job.name.clone()).collect();
         let stderr = std::io::stderr();
         let mut view =
@@ -234,18 +383,26 @@ impl ExecArgs {
         for note in pipeline.notes.iter().chain(&source.notes) {
             view.note(note)?;
         }
-        let mut run = Run::with_manual(pipeline, &self.manual);
+        let mut run = Run::with_manual(pipeline, &told.manual);
         let mut going: Vec<Going> = names.iter().map(|_| Going::default()).collect();
         let mut interrupted: Option<Instant> = None;
         let mut interrupt =
             tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
+        let folders = match &self.artifacts {
+            Some(dir) => exec_artifacts::folders(pipeline, dir),
+            None => Vec::new(),
+        };
         let result = loop {
             for index in run.startable() {
                 let Some(job) = pipeline.jobs.get(index) else { continue };
-                let id = coordinator.enqueue(new_job(job, source));
+                let earlier = pipeline.artifacts_for(index).into_iter();
+                let needs: Vec<i64> =
+                    earlier.filter_map(|other| going.get(other)?.ci_job).collect();
+                let id = told.enqueue(job, &needs, coordinator);
                 run.started(index);
                 if let Some(going) = going.get_mut(index) {
                     going.ci_job = Some(id);
+                    going.needs = needs;
                     going.started = Some(Instant::now());
                 }
             }
@@ -256,8 +413,23 @@ impl ExecArgs {
                     && let Some(seen) = coordinator.job(id)
                     && seen.is_finished()
                 {
-                    state.took = state.started.map(|at| at.elapsed()).unwrap_or_default();
-                    run.ended(index, ended(&seen));
+                    let end = ended(&seen);
+                    let failed = !end.success && !end.cancelled && interrupted.is_none();
+                    let reason = seen.failure_reason.as_deref();
+                    if failed && job.retry.again(state.retries + 1, reason, end.exit_code) {
+                        state.retries += 1;
+                        let most = job.retry.max;
+                        view.note(&format!("{}: retry {} of {most}", job.name, state.retries))?;
+                        state.ci_job = Some(told.enqueue(job, &state.needs, coordinator));
+                    } else {
+                        state.took = state.started.map(|at| at.elapsed()).unwrap_or_default();
+                        run.ended(index, end);
+                        if let Some(folder) = folders.get(index) {
+                            for warning in exec_artifacts::keep(coordinator, id, folder).await? {
+                                view.note(&format!("{}: {warning}", job.name))?;
+                            }
+                        }
+                    }
                 }
                 let line =
                     line_of(job, state, run.fate(index), coordinator, daemon.store()).await?;
@@ -323,6 +495,33 @@ impl ExecArgs {
     }
 }
 
+/// What is run.
+struct Told<'a> {
+    pipeline: &'a Pipeline,
+    source: &'a Source,
+    /// Variables that are the same for every job.
+    predefined: Vec<pipeline::Variable>,
+    /// The manual jobs that were asked for.
+    manual: Vec<String>,
+}
+
+impl Told<'_> {
+    /// Puts a job into the queue.
+    fn enqueue(&self, job: &pipeline::Job, needs: &[i64], coordinator: &Coordinator) -> i64 {
+        let mut new = new_job(job, self.source, &self.predefined);
+        for id in needs {
+            new = new.needs(*id);
+        }
+        coordinator.enqueue(new)
+    }
+}
+
+/// The folders of a run's runner.
+struct Places {
+    work: Utf8PathBuf,
+    cache: Utf8PathBuf,
+}
+
 /// Where workspaces and logs go while the pipeline runs.
 struct Work {
     path: Utf8PathBuf,
@@ -336,6 +535,20 @@ impl Work {
             Utf8Path::from_path(temp.path()).context("use a folder whose name is no UTF-8")?;
         Ok(Self { path: path.canonicalize_utf8()?, _kept: Some(temp) })
     }
+}
+
+/// Removes the notes that say whose the caches are: the server of an earlier run, whose address was
+/// another one. A cache without such a note belongs to whoever has its path.
+fn disown(kept: &Utf8Path) -> std::io::Result<()> {
+    for entry in kept.read_dir_utf8()? {
+        match std::fs::remove_file(entry?.path().join("metadata.json")) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 fn write_private(path: &Utf8Path, text: &str) -> anyhow::Result<()> {
@@ -356,32 +569,6 @@ async fn cancel_here(daemon: &Daemon, ci_job: i64) -> anyhow::Result<()> {
     }
     daemon.wake();
     Ok(())
-}
-
-fn new_job(job: &pipeline::Job, source: &Source) -> NewJob {
-    let git = Git {
-        repo_url: Some(source.url()),
-        sha: Some(source.sha.clone()),
-        reference: Some(source.ref_name.clone()),
-        tag: source.ref_type.as_str() == "tag",
-        refspecs: Some(vec![format!("+{}:refs/pipelines/1", source.sha)]),
-        depth: 0,
-    };
-    let mut new = NewJob::new(job.name.clone())
-        .stage(job.stage.clone())
-        .script_lines(job.script.clone())
-        .project(format!("exec/{}", source.project), 1)
-        .git(git);
-    for line in &job.after_script {
-        new = new.after_script(line.clone());
-    }
-    for (key, value) in &job.variables {
-        new = new.env(key.clone(), value.clone());
-    }
-    if let Some(timeout) = job.timeout {
-        new = new.timeout(timeout);
-    }
-    new
 }
 
 fn ended(job: &JobView) -> Ended {

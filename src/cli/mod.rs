@@ -8,6 +8,10 @@ mod config_file;
 pub mod db;
 pub mod doctor;
 pub mod exec;
+mod exec_artifacts;
+mod exec_given;
+mod exec_list;
+mod exec_payload;
 pub mod exec_view;
 pub mod exit;
 pub mod jobs;
@@ -67,7 +71,7 @@ pub struct Global {
 enum Command {
     /// Register a runner and add it to the configuration
     Register(Box<register::RegisterArgs>),
-    /// List, verify or unregister runners
+    /// Create, list, verify, change and remove runners
     Runners(runners::RunnersArgs),
     /// List or check backends
     Backends(backends::BackendsArgs),

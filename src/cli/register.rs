@@ -17,6 +17,7 @@ use super::exit::{Exit, Failure};
 use super::{Context, client, info};
 use crate::config::{self, Config};
 use crate::domain::id::{BackendName, RunnerName};
+use crate::gitlab::api::{NewRunner, RunnerChange};
 use crate::gitlab::wire::Secret;
 use crate::gitlab::{Credentials, RegisterReply, Registration, VerifyReply};
 
@@ -47,6 +48,15 @@ pub struct RegisterArgs {
     /// Take the token for a registration token, whatever it looks like
     #[arg(long)]
     registration_token: bool,
+    #[command(flatten)]
+    local: LocalArgs,
+    #[command(flatten, next_help_heading = "With a registration token")]
+    server: ServerArgs,
+}
+
+/// What the configuration says of a new runner.
+#[derive(Clone, Debug, Default, Args)]
+pub(super) struct LocalArgs {
     /// The runner's name in the configuration; default: this machine's name
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -83,18 +93,14 @@ pub struct RegisterArgs {
     /// The client certificate's key
     #[arg(long, value_name = "PATH", help_heading = "Configuration")]
     tls_key_file: Option<Utf8PathBuf>,
-
-    #[command(flatten)]
-    server: ServerArgs,
 }
 
-/// What a registration token sets at GitLab; runners created in GitLab have it set there.
+/// What is set of a runner at GitLab.
 #[derive(Clone, Debug, Default, Args)]
-#[command(next_help_heading = "With a registration token")]
-struct ServerArgs {
+pub(super) struct ServerArgs {
     /// The runner's description; default: its name
     #[arg(long, value_name = "TEXT")]
-    description: Option<String>,
+    pub(super) description: Option<String>,
     /// Tags, separated by commas
     #[arg(long, value_name = "TAGS", value_delimiter = ',')]
     tag_list: Vec<String>,
@@ -115,13 +121,13 @@ struct ServerArgs {
     paused: Option<bool>,
     /// A note for administrators, at most 1024 characters
     #[arg(long, value_name = "TEXT")]
-    maintenance_note: Option<String>,
+    pub(super) maintenance_note: Option<String>,
 }
 
 /// GitLab's words for which refs a runner takes jobs of.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 #[value(rename_all = "snake_case")]
-enum AccessLevel {
+pub(super) enum AccessLevel {
     /// All.
     NotProtected,
     /// Protected ones.
@@ -144,7 +150,7 @@ fn maximum_timeout(text: &str) -> Result<u64, String> {
 
 impl ServerArgs {
     /// Lists the flags that were given.
-    fn given(&self) -> Vec<&'static str> {
+    pub(super) fn given(&self) -> Vec<&'static str> {
         let all = [
             ("--description", self.description.is_some()),
             ("--tag-list", !self.tag_list.is_empty()),
@@ -158,13 +164,56 @@ impl ServerArgs {
         all.into_iter().filter(|(_flag, given)| *given).map(|(flag, _given)| flag).collect()
     }
 
+    /// Gives the tags as they are meant.
+    fn tags(&self) -> Vec<String> {
+        let tags = self.tag_list.iter().map(|tag| tag.trim().to_owned());
+        tags.filter(|tag| !tag.is_empty()).collect()
+    }
+
+    fn access_level(&self) -> Option<String> {
+        self.access_level.map(|level| {
+            let word = match level {
+                AccessLevel::NotProtected => "not_protected",
+                AccessLevel::RefProtected => "ref_protected",
+            };
+            word.to_owned()
+        })
+    }
+
+    /// Gives the runner to be made with a personal access token; what is not said is left to GitLab.
+    pub(super) fn new_runner(&self, name: &str) -> NewRunner {
+        let tags = self.tags();
+        NewRunner {
+            description: self.description.clone().unwrap_or_else(|| name.to_owned()),
+            maintenance_note: self.maintenance_note.clone().unwrap_or_default(),
+            // GitLab refuses a runner that could take no job at all.
+            run_untagged: Some(self.run_untagged.unwrap_or(tags.is_empty())),
+            tag_list: tags.join(","),
+            locked: self.locked,
+            access_level: self.access_level().unwrap_or_default(),
+            maximum_timeout: self.maximum_timeout.filter(|seconds| *seconds > 0),
+            paused: self.paused,
+            ..NewRunner::default()
+        }
+    }
+
+    /// Gives what is to be changed of a runner.
+    pub(super) fn change(&self) -> RunnerChange {
+        RunnerChange {
+            description: self.description.clone(),
+            paused: self.paused,
+            // `--tag-list=` takes all of them away.
+            tag_list: (!self.tag_list.is_empty()).then(|| self.tags()),
+            run_untagged: self.run_untagged,
+            locked: self.locked,
+            access_level: self.access_level(),
+            maximum_timeout: self.maximum_timeout,
+            maintenance_note: self.maintenance_note.clone(),
+        }
+    }
+
     fn registration(&self, name: &str) -> Registration {
-        let tags: Vec<String> = self
-            .tag_list
-            .iter()
-            .map(|tag| tag.trim().to_owned())
-            .filter(|tag| !tag.is_empty())
-            .collect();
+        let tags = self.tags();
         Registration {
             description: self.description.clone().unwrap_or_else(|| name.to_owned()),
             maintenance_note: self.maintenance_note.clone().unwrap_or_default(),
@@ -172,11 +221,7 @@ impl ServerArgs {
             run_untagged: self.run_untagged.unwrap_or(tags.is_empty()),
             tags,
             locked: self.locked.unwrap_or(true),
-            access_level: match self.access_level {
-                None => String::new(),
-                Some(AccessLevel::NotProtected) => "not_protected".to_owned(),
-                Some(AccessLevel::RefProtected) => "ref_protected".to_owned(),
-            },
+            access_level: self.access_level().unwrap_or_default(),
             maximum_timeout: self.maximum_timeout.unwrap_or(0),
             paused: self.paused.unwrap_or(false),
         }
@@ -184,11 +229,11 @@ impl ServerArgs {
 }
 
 /// What GitLab said of the runner.
-struct Known {
-    id: Option<i64>,
-    token: Secret,
-    expires_at: Option<jiff::Timestamp>,
-    obtained_at: Option<jiff::Timestamp>,
+pub(super) struct Known {
+    pub(super) id: Option<i64>,
+    pub(super) token: Secret,
+    pub(super) expires_at: Option<jiff::Timestamp>,
+    pub(super) obtained_at: Option<jiff::Timestamp>,
 }
 
 impl RegisterArgs {
@@ -213,10 +258,7 @@ impl RegisterArgs {
     }
 
     async fn run_with(self, context: &Context, token: Secret) -> anyhow::Result<Exit> {
-        let name = match &self.name {
-            Some(name) => name.clone(),
-            None => machine_name().context("name the runner; use --name")?,
-        };
+        let name = self.local.name()?;
         let authentication = self.is_authentication(&token);
         let given = self.server.given();
         if authentication && !given.is_empty() {
@@ -225,28 +267,18 @@ impl RegisterArgs {
                         --registration-token if this is one";
             return Err(Failure::new(Exit::Usage, what).hint(hint).into());
         }
-        let config = match config::load_incomplete(&context.config_path) {
-            Ok(config) => Some(config),
-            Err(error) if matches!(error.problem(), config::Problem::NoFile) => None,
-            Err(error) => return Err(error).context("use the configuration"),
-        };
-        let mut file = ConfigFile::open(&context.config_path)?;
-        check_name(config.as_ref(), &name)?;
-        let backend = self.backend(&mut file, config.as_ref(), context)?;
-        let token_file = context
-            .config_path
-            .parent()
-            .unwrap_or(Utf8Path::new("."))
-            .join(format!("{name}.token"));
-        check_token_file(config.as_ref(), &token_file)?;
-        let probe = self.probe(context, &name, &backend)?;
-
+        let url = self.url.as_deref().ok_or_else(|| {
+            Failure::new(Exit::Usage, "register without --url")
+                .hint("use --url https://gitlab.example.org")
+        })?;
+        let Place { mut file, backend, token_file, probe } =
+            self.local.place(context, url, &name)?;
         file.make_dir()?;
         let known = self.ask_gitlab(context, &probe, authentication, &token, &name).await?;
         file.write_secret(&token_file, known.token.expose()).with_context(|| {
             format!("keep the token of the runner {} at GitLab", shown_id(known.id))
         })?;
-        file.add_runner(self.table(&probe.url, &name, &backend, &known))?;
+        file.add_runner(self.local.table(&probe.url, &name, &backend, &known))?;
         let kept = format!(
             "its token is in {token_file}; put the [[runners]] table into the configuration by hand"
         );
@@ -307,6 +339,95 @@ impl RegisterArgs {
         (self.authentication_token || looks_like_it) && !self.registration_token
     }
 
+    async fn ask_gitlab(
+        &self,
+        context: &Context,
+        probe: &config::Runner,
+        authentication: bool,
+        token: &Secret,
+        name: &str,
+    ) -> anyhow::Result<Known> {
+        let client = client(probe)?;
+        let info = info(None);
+        if authentication {
+            let system_id = context.system_id()?;
+            let reply = client
+                .verify_runner(token, system_id.as_str(), &info)
+                .await
+                .with_context(|| format!("verify {name:?}"))?;
+            let (id, expires_at) = verified(name, reply)?;
+            return Ok(Known { id, token: token.clone(), expires_at, obtained_at: None });
+        }
+        let registration = self.server.registration(name);
+        let reply = client
+            .register_runner(token, &info, &registration)
+            .await
+            .with_context(|| format!("register {name:?}"))?;
+        let (what, hint) = match reply {
+            RegisterReply::Registered(Credentials { id, token, expires_at, obtained_at }) => {
+                return Ok(Known { id, token, expires_at, obtained_at: Some(obtained_at) });
+            }
+            RegisterReply::Invalid { message } => (format!("GitLab refused: {message}"), None),
+            RegisterReply::Refused { message } => (
+                format!("GitLab refused the registration token: {message}"),
+                Some("if it is a runner's own token, add --authentication-token"),
+            ),
+            RegisterReply::Disallowed => (
+                "GitLab has registration tokens switched off".to_owned(),
+                Some("create the runner in GitLab and use the glrt- token it shows"),
+            ),
+            RegisterReply::Busy { status, .. } => (
+                format!("GitLab is busy ({status})"),
+                Some("try again later; look in GitLab first whether there is a runner already"),
+            ),
+            RegisterReply::Unexpected { status, message } => {
+                (format!("GitLab answered {status}: {message}"), None)
+            }
+        };
+        let failure = Failure::new(Exit::Gitlab, format!("register {name:?}: {what}"));
+        Err(match hint {
+            Some(hint) => failure.hint(hint),
+            None => failure,
+        }
+        .into())
+    }
+}
+
+/// Where a new runner goes, with everything found out that can be wrong without GitLab.
+pub(super) struct Place {
+    pub(super) file: ConfigFile,
+    pub(super) backend: BackendName,
+    pub(super) token_file: Utf8PathBuf,
+    /// The runner as it will be, but for the token.
+    pub(super) probe: config::Runner,
+}
+
+impl LocalArgs {
+    /// Gives the runner's name.
+    pub(super) fn name(&self) -> anyhow::Result<String> {
+        match &self.name {
+            Some(name) => Ok(name.clone()),
+            None => machine_name().context("name the runner; use --name"),
+        }
+    }
+
+    /// Looks at the configuration: whether it can take this runner, and how.
+    pub(super) fn place(&self, context: &Context, url: &str, name: &str) -> anyhow::Result<Place> {
+        let config = match config::load_incomplete(&context.config_path) {
+            Ok(config) => Some(config),
+            Err(error) if matches!(error.problem(), config::Problem::NoFile) => None,
+            Err(error) => return Err(error).context("use the configuration"),
+        };
+        let mut file = ConfigFile::open(&context.config_path)?;
+        check_name(config.as_ref(), name)?;
+        let backend = self.backend(&mut file, config.as_ref(), context)?;
+        let dir = context.config_path.parent().unwrap_or(Utf8Path::new("."));
+        let token_file = dir.join(format!("{name}.token"));
+        check_token_file(config.as_ref(), &token_file)?;
+        let probe = self.probe(context, url, name, &backend)?;
+        Ok(Place { file, backend, token_file, probe })
+    }
+
     /// Finds the backend; in a file without any, `local` is added.
     fn backend(
         &self,
@@ -361,13 +482,10 @@ impl RegisterArgs {
     fn probe(
         &self,
         context: &Context,
+        url: &str,
         name: &str,
         backend: &BackendName,
     ) -> anyhow::Result<config::Runner> {
-        let url = self.url.as_deref().ok_or_else(|| {
-            Failure::new(Exit::Usage, "register without --url")
-                .hint("use --url https://gitlab.example.org")
-        })?;
         let mut document = toml_edit::DocumentMut::new();
         let mut kind = Table::new();
         kind.insert("kind", value("probe"));
@@ -386,59 +504,6 @@ impl RegisterArgs {
         })?;
         let name = RunnerName(name.to_owned());
         config.runner(&name).cloned().context("find the runner just made")
-    }
-
-    async fn ask_gitlab(
-        &self,
-        context: &Context,
-        probe: &config::Runner,
-        authentication: bool,
-        token: &Secret,
-        name: &str,
-    ) -> anyhow::Result<Known> {
-        let client = client(probe)?;
-        let info = info(None);
-        if authentication {
-            let system_id = context.system_id()?;
-            let reply = client
-                .verify_runner(token, system_id.as_str(), &info)
-                .await
-                .with_context(|| format!("verify {name:?}"))?;
-            let (id, expires_at) = verified(name, reply)?;
-            return Ok(Known { id, token: token.clone(), expires_at, obtained_at: None });
-        }
-        let registration = self.server.registration(name);
-        let reply = client
-            .register_runner(token, &info, &registration)
-            .await
-            .with_context(|| format!("register {name:?}"))?;
-        let (what, hint) = match reply {
-            RegisterReply::Registered(Credentials { id, token, expires_at, obtained_at }) => {
-                return Ok(Known { id, token, expires_at, obtained_at: Some(obtained_at) });
-            }
-            RegisterReply::Invalid { message } => (format!("GitLab refused: {message}"), None),
-            RegisterReply::Refused { message } => (
-                format!("GitLab refused the registration token: {message}"),
-                Some("if it is a runner's own token, add --authentication-token"),
-            ),
-            RegisterReply::Disallowed => (
-                "GitLab has registration tokens switched off".to_owned(),
-                Some("create the runner in GitLab and use the glrt- token it shows"),
-            ),
-            RegisterReply::Busy { status, .. } => (
-                format!("GitLab is busy ({status})"),
-                Some("try again later; look in GitLab first whether there is a runner already"),
-            ),
-            RegisterReply::Unexpected { status, message } => {
-                (format!("GitLab answered {status}: {message}"), None)
-            }
-        };
-        let failure = Failure::new(Exit::Gitlab, format!("register {name:?}: {what}"));
-        Err(match hint {
-            Some(hint) => failure.hint(hint),
-            None => failure,
-        }
-        .into())
     }
 
     /// The keys that come from flags.
@@ -476,7 +541,13 @@ impl RegisterArgs {
     }
 
     /// The table as it goes into the file.
-    fn table(&self, url: &Url, name: &str, backend: &BackendName, known: &Known) -> Table {
+    pub(super) fn table(
+        &self,
+        url: &Url,
+        name: &str,
+        backend: &BackendName,
+        known: &Known,
+    ) -> Table {
         let mut table = self.local_table(url.as_str().trim_end_matches('/'), name, backend);
         table.insert("token_file", value(format!("{name}.token")));
         if let Some(id) = known.id {
@@ -494,12 +565,12 @@ impl RegisterArgs {
     }
 }
 
-fn shown_id(id: Option<i64>) -> String {
+pub(super) fn shown_id(id: Option<i64>) -> String {
     id.map_or_else(|| "without a number".to_owned(), |id| format!("#{id}"))
 }
 
 /// Takes GitLab's yes, or says why it was none and what to do.
-fn verified(
+pub(super) fn verified(
     name: &str,
     reply: VerifyReply,
 ) -> Result<(Option<i64>, Option<jiff::Timestamp>), Failure> {

@@ -6,13 +6,18 @@ use std::time::Duration;
 use clap::Args;
 use futures_util::future::BoxFuture;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, watch};
 
 use crate::cli::Context;
 use crate::cli::exit::{Exit, Failure};
 use crate::config;
+use crate::config::Config;
 use crate::daemon::{Daemon, Labels, StartError};
+use crate::domain::id::RunnerName;
+use crate::gitlab::Secret;
 use crate::http::{self, HealthSource, Pages, Problem, WhoseMove};
-use crate::store::{LockError, Store};
+use crate::rotation::Rotation;
+use crate::store::{KeyFileError, LockError, OpenError, Store};
 use crate::telemetry::{self, BuildInfo, Chain, JobCount, Metrics, Snapshot};
 
 /// Take jobs from GitLab and see them through, until told to stop
@@ -76,17 +81,21 @@ struct Signals {
     term: Signal,
     int: Signal,
     hup: Signal,
+    /// Tokens that are in force from now on.
+    tokens: mpsc::Receiver<(RunnerName, Secret)>,
 }
 
 enum Told {
     Stop(&'static str),
     Reload,
+    Token(RunnerName, Secret),
     Tick,
 }
 
 impl Signals {
-    fn new() -> std::io::Result<Self> {
+    fn new(tokens: mpsc::Receiver<(RunnerName, Secret)>) -> std::io::Result<Self> {
         Ok(Self {
+            tokens,
             term: signal(SignalKind::terminate())?,
             int: signal(SignalKind::interrupt())?,
             hup: signal(SignalKind::hangup())?,
@@ -94,11 +103,12 @@ impl Signals {
     }
 
     async fn next(&mut self, tick: Duration) -> Told {
-        // `recv` is cancel-safe, as is a sleep.
+        // `recv` is cancel-safe, of signals and of channels, as is a sleep.
         tokio::select! {
             _ = self.term.recv() => Told::Stop("SIGTERM"),
             _ = self.int.recv() => Told::Stop("SIGINT"),
             _ = self.hup.recv() => Told::Reload,
+            Some((runner, token)) = self.tokens.recv() => Told::Token(runner, token),
             () = tokio::time::sleep(tick) => Told::Tick,
         }
     }
@@ -121,12 +131,14 @@ impl ServeArgs {
         }));
         telemetry::init(&context.log_options(Some(&config), "info"), Some(Arc::clone(&metrics)))?;
         // Before anything is started, so that a signal during the start is not lost.
-        let mut signals = Signals::new()?;
+        let (changed, tokens) = mpsc::channel(1);
+        let mut signals = Signals::new(tokens)?;
         let daemon = match Daemon::start(config, &context.registry, metrics).await {
             Ok(daemon) => daemon,
             Err(error) => return Err(refuse(error).into()),
         };
         check_backends(&daemon).await;
+        let configs = rotate(&daemon, context, changed)?;
         if let Some(address) = &daemon.config().listen_address {
             let bound = http::bind(address).await?;
             tracing::info!(address = %bound.address(), "metrics and health are served");
@@ -157,7 +169,18 @@ impl ServeArgs {
                 Told::Reload => {
                     notify(&[sd_notify::NotifyState::Reloading]);
                     reload(&daemon, context).await;
+                    configs.send_replace(daemon.config());
                     notify(&[sd_notify::NotifyState::Ready]);
+                }
+                Told::Token(runner, token) => {
+                    match daemon.replace_token(&runner, token, &context.registry).await {
+                        Ok(()) => tracing::info!(%runner, "the runner's new token is in force"),
+                        // The next sweep finds the file different again.
+                        Err(error) => tracing::error!(
+                            %runner, error = %Chain(&error), "the runner's new token is not in force"
+                        ),
+                    }
+                    configs.send_replace(daemon.config());
                 }
                 Told::Stop(name) => {
                     tracing::info!(signal = name, "stopping; jobs stay with their backends");
@@ -172,6 +195,21 @@ impl ServeArgs {
         }
         Ok(Exit::Done)
     }
+}
+
+/// Has the runners' tokens looked after; what is returned tells of new configurations.
+fn rotate(
+    daemon: &Daemon,
+    context: &Context,
+    changed: mpsc::Sender<(RunnerName, Secret)>,
+) -> anyhow::Result<watch::Sender<Arc<Config>>> {
+    let (configs, watched) = watch::channel(daemon.config());
+    let system_id = crate::daemon::system_id(daemon.config().dir())?;
+    let rotation =
+        Rotation::new(Arc::clone(&context.clock), daemon.conditions().clone(), system_id);
+    let stop = daemon.shutdown().clone();
+    daemon.tracker().spawn(async move { rotation.run(watched, changed, stop).await });
+    Ok(configs)
 }
 
 fn notify(states: &[sd_notify::NotifyState<'_>]) {
@@ -189,6 +227,11 @@ fn refuse(error: StartError) -> Failure {
         | StartError::StillOwed { .. }
         | StartError::NeedsRestart(_)
         | StartError::Client { .. }
+        | StartError::Cache { .. }
+        | StartError::Key(_)
+        | StartError::Open(
+            OpenError::KeyMissing { .. } | OpenError::KeyWrong { .. } | OpenError::KeyFile { .. },
+        )
         | StartError::Lock(LockError::Network { .. }) => Exit::Configuration,
         StartError::Lock(LockError::Io { .. })
         | StartError::Open(_)
@@ -212,6 +255,11 @@ fn hint(error: &StartError) -> Option<&'static str> {
         StartError::Lock(LockError::Network { .. }) => {
             Some("set state_dir to a directory on this machine's own disk, such as /var/lib/bridge")
         }
+        StartError::Open(OpenError::KeyMissing { .. } | OpenError::KeyWrong { .. }) => {
+            Some(KEY_LOST)
+        }
+        StartError::Key(error) => key_file_hint(error),
+        StartError::Open(OpenError::KeyFile { source }) => key_file_hint(source),
         StartError::Open(crate::store::OpenError::Newer { .. }) => {
             Some("start the newer bridge again, or restore a backup made before the upgrade")
         }
@@ -224,10 +272,30 @@ fn hint(error: &StartError) -> Option<&'static str> {
         | StartError::Store(_)
         | StartError::Backend { .. }
         | StartError::Client { .. }
+        | StartError::Cache { .. }
         | StartError::Identity(_)
         | StartError::Directory { .. }
         | StartError::StillOwed { .. }
         | StartError::NeedsRestart(_) => None,
+    }
+}
+
+/// What an operator can do about a key that is not there.
+pub(in crate::cli) const KEY_LOST: &str = "put the key file back from its copy, or name it with `key_file`; \
+     if it is lost for good, `bridge db rekey --give-up` lets bridge start without what was sealed: \
+     nobody can report those jobs then, and GitLab fails them after a while";
+
+/// What an operator can do about a key file that cannot be trusted.
+pub(in crate::cli) fn key_file_hint(error: &KeyFileError) -> Option<&'static str> {
+    match error {
+        KeyFileError::Mode { .. } => {
+            Some("run chmod 600 on it, and `bridge db rekey` if it was read")
+        }
+        KeyFileError::Owner { .. } => Some("run chown on it, or start bridge as its owner"),
+        KeyFileError::Line { .. } | KeyFileError::Empty { .. } | KeyFileError::Missing { .. } => {
+            Some("put the key file back from its copy, or name it with `key_file`")
+        }
+        KeyFileError::Io { .. } => None,
     }
 }
 

@@ -13,6 +13,9 @@ use super::*;
 use crate::domain::clock::ManualClock;
 use crate::registry::RegistryError;
 
+#[path = "runners_tests.rs"]
+mod runners;
+
 const TOKEN: &str = "glrt-t3_abcdefghijklmnopqrst";
 
 fn refusing(
@@ -155,6 +158,13 @@ fn help_and_version_are_data_and_done() {
 #[test]
 fn the_help_of_register_is_reviewed() {
     let (result, output) = parse(&["register", "-h"]);
+    assert_eq!(result.unwrap(), Exit::Done);
+    insta::assert_snapshot!(output.kept());
+}
+
+#[test]
+fn the_help_of_exec_is_reviewed() {
+    let (result, output) = parse(&["exec", "-h"]);
     assert_eq!(result.unwrap(), Exit::Done);
     insta::assert_snapshot!(output.kept());
 }
@@ -573,16 +583,18 @@ async fn the_doctor_looks_at_everything_once() {
             "file modes",
             "file system",
             "free disk",
+            "key file",
             "clock",
             "token",
             "token",
             "backend"
         ]
     );
-    for finding in &findings[..10] {
+    for finding in &findings[..11] {
         assert_ne!(finding["result"], "fail", "{finding}");
     }
     assert_eq!(find(&findings, "token")["detail"], "runner #3");
+    assert_eq!(find(&findings, "key file")["detail"], "made at the first start");
     assert_eq!(find(&findings, "clock")["result"], "ok");
     let backend = find(&findings, "backend");
     assert_eq!((&backend["result"], &backend["whose_move"]), (&json!("fail"), &json!("operator")));

@@ -15,10 +15,12 @@ use super::error::Advice;
 use crate::gitlab::wire::Secret;
 
 const IN_RUNNERS: &str = "in [[runners]]";
+const IN_CACHE: &str = "in [runners.cache]";
+const IN_S3: &str = "in [runners.cache.s3]";
 const AT_TOP: &str = "at the top of the file";
 
 /// Keys of gitlab-runner's that have no meaning here, and what to do about them.
-const FOREIGN: [(&str, &str); 14] = [
+const FOREIGN: [(&str, &str); 23] = [
     ("executor", "name one of the [backends] with `backend` instead"),
     ("connection_max_age", "connections are renewed without it; remove it"),
     ("sentry_dsn", "errors go to the log; remove it"),
@@ -29,10 +31,19 @@ const FOREIGN: [(&str, &str); 14] = [
     ("ssh", "jobs run on a backend; remove it"),
     ("machine", "jobs run on a backend; remove it"),
     ("autoscaler", "jobs run on a backend; remove it"),
-    ("cache", "caches are directories; write `cache_dir`"),
-    ("custom_build_dir", "remove it"),
     ("referees", "remove it"),
     ("labels", "remove it"),
+    ("gcs", "not supported yet; supported: local, s3"),
+    ("azure", "not supported yet; supported: local, s3"),
+    ("S3CachePath", "its name is `Path` now"),
+    ("CacheShared", "its name is `Shared` now"),
+    ("RedactURL", "a signature is never shown; remove it"),
+    ("Accelerate", "write the accelerated address as `ServerAddress`"),
+    ("RoleARN", "roles are not supported; write `AccessKeyFile` and `SecretKeyFile`"),
+    ("UploadRoleARN", "roles are not supported; write `AccessKeyFile` and `SecretKeyFile`"),
+    ("AssumeRoleMaxConcurrency", "roles are not supported; remove it"),
+    ("DisableAssumeRoleCredentialsCaching", "roles are not supported; remove it"),
+    ("CredentialsFile", "not supported yet; supported: local, s3"),
 ];
 
 /// The file.
@@ -40,6 +51,7 @@ const FOREIGN: [(&str, &str); 14] = [
 #[serde(deny_unknown_fields)]
 pub(super) struct FileTable {
     pub(super) state_dir: Option<Spanned<String>>,
+    pub(super) key_file: Option<Spanned<String>>,
     pub(super) concurrent: Option<Spanned<usize>>,
     pub(super) check_interval: Option<Spanned<DurationText>>,
     pub(super) log_level: Option<Spanned<String>>,
@@ -68,12 +80,17 @@ pub(super) struct RunnerTable {
     #[serde(rename = "token_obtained_at")]
     pub(super) _token_obtained_at: Option<Datetime>,
     pub(super) token_expires_at: Option<Datetime>,
+    pub(super) token_rotation: Option<bool>,
     pub(super) backend: Spanned<String>,
     pub(super) limit: Option<usize>,
     pub(super) request_concurrency: Option<usize>,
     pub(super) strict_check_interval: Option<bool>,
     pub(super) builds_dir: Option<Spanned<String>>,
     pub(super) cache_dir: Option<Spanned<String>>,
+    pub(super) cache: Option<Spanned<CacheTable>>,
+    pub(super) custom_build_dir: Option<CustomBuildDirTable>,
+    pub(super) mirrors_dir: Option<Spanned<String>>,
+    pub(super) mirrors_keep: Option<Spanned<DurationText>>,
     pub(super) environment: Option<Spanned<Environment>>,
     pub(super) output_limit: Option<u64>,
     #[serde(alias = "tls-ca-file")]
@@ -83,6 +100,8 @@ pub(super) struct RunnerTable {
     #[serde(alias = "tls-key-file")]
     pub(super) tls_key_file: Option<Spanned<String>>,
     pub(super) shell: Option<Spanned<String>>,
+    pub(super) login_shell: Option<bool>,
+    pub(super) image: Option<Spanned<String>>,
     pub(super) clone_url: Option<Spanned<String>>,
     #[serde(alias = "pre_clone_script")]
     pub(super) pre_get_sources_script: Option<String>,
@@ -99,6 +118,62 @@ pub(super) struct RunnerTable {
     pub(super) debug_trace_disabled: Option<bool>,
     pub(super) deadline_reserve: Option<Spanned<DurationText>>,
     pub(super) minimum_run_time: Option<Spanned<DurationText>>,
+}
+
+/// `[runners.cache]`; the capitals are gitlab-runner's.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CacheTable {
+    #[serde(rename = "Type")]
+    pub(super) kind: Option<Spanned<String>>,
+    #[serde(rename = "Path")]
+    pub(super) path: Option<String>,
+    #[serde(rename = "Shared")]
+    pub(super) shared: Option<bool>,
+    #[serde(rename = "MaxUploadedArchiveSize")]
+    pub(super) max_uploaded_archive_size: Option<u64>,
+    pub(super) quota: Option<Spanned<SizeText>>,
+    pub(super) max_age: Option<Spanned<DurationText>>,
+    pub(super) s3: Option<Spanned<S3Table>>,
+}
+
+/// `[runners.cache.s3]`.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "PascalCase")]
+pub(super) struct S3Table {
+    pub(super) server_address: Option<Spanned<String>>,
+    pub(super) access_key: Option<Spanned<Secret>>,
+    pub(super) access_key_file: Option<Spanned<String>>,
+    pub(super) secret_key: Option<Spanned<Secret>>,
+    pub(super) secret_key_file: Option<Spanned<String>>,
+    pub(super) session_token: Option<Spanned<Secret>>,
+    pub(super) session_token_file: Option<Spanned<String>>,
+    pub(super) bucket_name: Option<Spanned<String>>,
+    pub(super) bucket_location: Option<String>,
+    pub(super) insecure: Option<bool>,
+    pub(super) authentication_type: Option<Spanned<String>>,
+    pub(super) server_side_encryption: Option<Spanned<String>>,
+    #[serde(rename = "ServerSideEncryptionKeyID")]
+    pub(super) server_side_encryption_key_id: Option<String>,
+    pub(super) dual_stack: Option<bool>,
+    pub(super) path_style: Option<bool>,
+}
+
+/// A size as written.
+#[derive(serde::Deserialize)]
+#[serde(untagged, expecting = "a number of bytes, or a text as in \"50 GiB\"")]
+pub(super) enum SizeText {
+    /// Bytes.
+    Number(i64),
+    /// Words.
+    Words(String),
+}
+
+/// `[runners.custom_build_dir]`.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CustomBuildDirTable {
+    pub(super) enabled: Option<bool>,
 }
 
 /// A duration as written.
@@ -186,10 +261,28 @@ pub(super) fn unknown_key(root: &DeTable<'_>) -> Option<Unknown> {
         for table in runners {
             if let DeValue::Table(table) = table.get_ref() {
                 found.extend(unknown_in(table, runner, IN_RUNNERS, (top, AT_TOP)));
+                found.extend(unknown_in_cache(table));
             }
         }
     }
     found.into_iter().min_by_key(|unknown| unknown.at)
+}
+
+/// Looks into `[runners.cache]` and `[runners.cache.s3]`.
+fn unknown_in_cache(runner: &DeTable<'_>) -> Vec<Unknown> {
+    let (cache, s3) = (keys_of::<CacheTable>(), keys_of::<S3Table>());
+    let Some(table) = table_in(runner, "cache") else { return Vec::new() };
+    let mut found = unknown_in(table, cache, IN_CACHE, (s3, IN_S3));
+    if let Some(table) = table_in(table, "s3") {
+        found.extend(unknown_in(table, s3, IN_S3, (cache, IN_CACHE)));
+    }
+    found
+}
+
+fn table_in<'a, 'i>(table: &'a DeTable<'i>, name: &str) -> Option<&'a DeTable<'i>> {
+    let (_key, value) = table.iter().find(|(key, _value)| key.get_ref() == name)?;
+    let DeValue::Table(table) = value.get_ref() else { return None };
+    Some(table)
 }
 
 fn unknown_in(

@@ -8,12 +8,14 @@
 //!
 //! It must not know what a backend's own keys mean: a backend's table is handed on untouched.
 
+mod cache;
 mod error;
 mod file;
 mod resolve;
 mod secret;
 #[cfg(test)]
 mod tests;
+pub mod write;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,6 +28,7 @@ use url::Url;
 pub use self::error::{ConfigError, Problem};
 pub use self::file::duration_in_words;
 pub(crate) use self::file::nearest;
+use crate::cache::CacheSettings;
 use crate::domain::id::{BackendName, RunnerName};
 use crate::gitlab::wire::Secret;
 pub use crate::telemetry::LogFormat;
@@ -43,6 +46,8 @@ pub struct Config {
     pub path: Utf8PathBuf,
     /// `state_dir`: database and spools; must be a local disk.
     pub state_dir: Utf8PathBuf,
+    /// `key_file`: the keys that seal what the database holds of jobs; outside `state_dir`.
+    pub key_file: Utf8PathBuf,
     /// `concurrent`: jobs in flight, all runners together.
     pub concurrent: usize,
     /// `check_interval`: the pause between two requests for a job of one runner.
@@ -78,6 +83,16 @@ pub enum ListenAddress {
     Unix(Utf8PathBuf),
 }
 
+/// What becomes of a job that asks for a container.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ImagePolicy {
+    /// `ignore`: it runs without one, as with gitlab-runner's shell executor, and its trace says so.
+    #[default]
+    Ignore,
+    /// `refuse`: it fails at once.
+    Refuse,
+}
+
 /// One `[backends.NAME]` table.
 #[derive(Clone, PartialEq)]
 pub struct BackendEntry {
@@ -106,8 +121,13 @@ pub struct Runner {
     pub id: Option<u64>,
     /// `token_expires_at`: when the token dies, where `bridge register` noted it; as in the file.
     pub token_expires_at: Option<String>,
+    /// `token_rotation`: exchange the token in `token_file` for a new one when three quarters of its
+    /// life are over.
+    pub token_rotation: bool,
     /// `backend`: which backend runs its jobs.
     pub backend: BackendName,
+    /// That backend's `kind`.
+    pub backend_kind: String,
     /// `limit`: jobs in flight of this runner; 0 is no limit of its own.
     pub limit: usize,
     /// `request_concurrency`: requests for a job at the same time.
@@ -118,6 +138,14 @@ pub struct Runner {
     pub builds_dir: Option<Utf8PathBuf>,
     /// `cache_dir`: below which caches are kept.
     pub cache_dir: Option<Utf8PathBuf>,
+    /// `[runners.cache]`: a bucket behind that directory, and how much may be in it for how long.
+    pub cache: CacheSettings,
+    /// `[runners.custom_build_dir] enabled`: whether jobs may use `GIT_CLONE_PATH`.
+    pub custom_build_dir: bool,
+    /// `mirrors_dir`: below which one mirror per project is kept; none where absent.
+    pub mirrors_dir: Option<Utf8PathBuf>,
+    /// `mirrors_keep`: how long a mirror that no job uses is kept.
+    pub mirrors_keep: Duration,
     /// `environment`: variables for every job, in order; a job's own variables win.
     pub environment: Vec<(String, String)>,
     /// `output_limit`, in bytes (KiB in the file): a longer trace is cut in its middle.
@@ -130,6 +158,10 @@ pub struct Runner {
     pub tls_key_file: Option<Utf8PathBuf>,
     /// `shell`: `bash` or `sh`; the backend's best where absent.
     pub shell: Option<String>,
+    /// `login_shell`: whether that shell reads its login profile first, as gitlab-runner's does.
+    pub login_shell: bool,
+    /// `image`: what becomes of a job that asks for a container.
+    pub image: ImagePolicy,
     /// `clone_url`: the instance as git should reach it, where that differs from `url`.
     pub clone_url: Option<Url>,
     /// `pre_get_sources_script`.
@@ -240,6 +272,15 @@ pub fn check_text(path: &Utf8Path, text: String, mode: u32) -> Result<Config, Co
     resolve::resolve(&secret::ConfigText { path: path.to_owned(), text, mode })
 }
 
+/// Reads a token from a file that nobody else can read.
+///
+/// # Errors
+///
+/// When it cannot be read, others can read it, or it holds none.
+pub fn read_token_file(path: &Utf8Path) -> Result<Secret, ConfigError> {
+    secret::read_token(path).map_err(|problem| ConfigError::whole(path.to_owned(), problem))
+}
+
 /// Says where the configuration is when nobody names it: `from_env` (the value of
 /// [`CONFIG_VAR`]), else `/etc/bridge/config.toml` for root and
 /// `HOME/.config/bridge/config.toml` for everybody else.
@@ -250,6 +291,16 @@ pub fn default_path(from_env: Option<String>, root: bool, home: Option<String>) 
         (Some(path), _) => path.into(),
         (None, Some(home)) => Utf8PathBuf::from(home).join(".config/bridge/config.toml"),
         (None, None) => "/etc/bridge/config.toml".into(),
+    }
+}
+
+/// Says where the keys are when the configuration does not say: beside it, where a copy of the state
+/// directory does not take them along. Configurations that share a directory share no keys: each may
+/// exchange its own.
+pub fn default_key_file(config: &Utf8Path) -> Utf8PathBuf {
+    match config.file_stem() {
+        None | Some("config") => config.with_file_name("bridge.key"),
+        Some(stem) => config.with_file_name(format!("{stem}.key")),
     }
 }
 

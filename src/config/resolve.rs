@@ -13,7 +13,7 @@ use url::Url;
 use super::error::{ConfigError, Problem};
 use super::file::{DurationText, Environment, FileTable, RunnerTable, nearest, unknown_key};
 use super::secret::{self, ConfigText};
-use super::{BackendEntry, Config, DEFAULT_PORT, ListenAddress, LogFormat, Runner};
+use super::{BackendEntry, Config, DEFAULT_PORT, ImagePolicy, ListenAddress, LogFormat, Runner};
 use crate::domain::id::{BackendName, RunnerName};
 use crate::gitlab::wire::Secret;
 
@@ -37,6 +37,8 @@ const UNHEALTHY_INTERVAL: Duration = Duration::from_secs(60 * 60);
 const FINAL_UPDATE_RETRIES: u32 = 10;
 /// Enough for the rest of the trace and a few hundred megabytes of artifacts.
 const DEADLINE_RESERVE: Duration = Duration::from_secs(60);
+/// Longer than people are on holiday; a mirror costs disk, and its loss one full fetch.
+const MIRRORS_KEEP: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Less than a scheduler needs to start a job at all; only a hopeless job should be turned away.
 const MINIMUM_RUN_TIME: Duration = Duration::from_secs(10);
 
@@ -44,7 +46,7 @@ const LOG_LEVELS: [&str; 5] = ["trace", "debug", "info", "warn", "error"];
 
 /// Whether a bare integer is a duration in seconds.
 #[derive(Clone, Copy)]
-enum Bare {
+pub(super) enum Bare {
     /// As in gitlab-runner's file; zero means the default there.
     Seconds,
     /// Keys of our own: 30 could be anything.
@@ -63,8 +65,8 @@ pub(super) fn resolve(source: &ConfigText) -> Result<Config, ConfigError> {
 }
 
 /// Knows where the file is and where in it something stands.
-struct Place<'a> {
-    source: &'a ConfigText,
+pub(super) struct Place<'a> {
+    pub(super) source: &'a ConfigText,
     dir: &'a Utf8Path,
 }
 
@@ -77,11 +79,16 @@ impl<'a> Place<'a> {
         1 + self.source.text.bytes().take(at).filter(|byte| *byte == b'\n').count()
     }
 
-    fn at(&self, at: usize, problem: Problem) -> ConfigError {
+    pub(super) fn at(&self, at: usize, problem: Problem) -> ConfigError {
         ConfigError::at(&self.source.path, self.line(at), problem)
     }
 
-    fn value(&self, span: &Range<usize>, key: &'static str, why: impl Into<String>) -> ConfigError {
+    pub(super) fn value(
+        &self,
+        span: &Range<usize>,
+        key: &'static str,
+        why: impl Into<String>,
+    ) -> ConfigError {
         self.at(span.start, Problem::Value { key, why: why.into() })
     }
 
@@ -110,9 +117,25 @@ impl<'a> Place<'a> {
             Some(text) => self.path("state_dir", &text)?,
             None => super::default_state_dir(self.dir),
         };
+        let key_file = match file.key_file {
+            Some(text) => self.path("key_file", &text)?,
+            None => super::default_key_file(&self.source.path),
+        };
+        for runner in &runners {
+            let builds_dir = runner.builds_dir.clone().unwrap_or_else(|| state_dir.join("builds"));
+            if let Some(mirrors_dir) = &runner.mirrors_dir
+                && (mirrors_dir.starts_with(&builds_dir) || builds_dir.starts_with(mirrors_dir))
+            {
+                let why = format!("must not share a tree with {builds_dir}, where jobs write");
+                let problem = Problem::Value { key: "mirrors_dir", why };
+                let line = lines.get(&runner.name).copied().unwrap_or(1);
+                return Err(ConfigError::at(&self.source.path, line, problem));
+            }
+        }
         Ok(Config {
             path: self.source.path.clone(),
             state_dir,
+            key_file,
             concurrent: self.at_least_one("concurrent", file.concurrent.as_ref(), CONCURRENT)?,
             check_interval: self
                 .duration("check_interval", file.check_interval.as_ref(), Bare::Seconds)?
@@ -198,11 +221,11 @@ impl<'a> Place<'a> {
             return Err(self.value(&table.name.span(), "name", format!("{NAME_RULE}: {name:?}")));
         }
         let backend = BackendName(table.backend.get_ref().clone());
-        if !backends.contains_key(&backend) {
+        let Some(backend_kind) = backends.get(&backend).map(|entry| entry.kind.clone()) else {
             let known = backends.keys().map(|name| name.0.clone()).collect();
             let problem = Problem::UnknownBackend { runner: name, backend: backend.0, known };
             return Err(self.at(table.backend.span().start, problem));
-        }
+        };
         let url = self.url("url", &table.url)?;
         let clone_url = table.clone_url.map(|text| self.url("clone_url", &text)).transpose()?;
         let (token, token_file) =
@@ -221,6 +244,14 @@ impl<'a> Place<'a> {
             }
             shell => shell.map(Spanned::into_inner),
         };
+        let image = match table.image.as_ref().map(|word| word.get_ref().as_str()) {
+            None | Some("ignore") => ImagePolicy::Ignore,
+            Some("refuse") => ImagePolicy::Refuse,
+            Some(_) => {
+                let span = table.image.map_or(header, |word| word.span());
+                return Err(self.value(&span, "image", "must be \"ignore\" or \"refuse\""));
+            }
+        };
         Ok(Runner {
             name: RunnerName(name),
             url,
@@ -228,18 +259,31 @@ impl<'a> Place<'a> {
             token_file,
             id: table.id,
             token_expires_at: table.token_expires_at.map(|time| time.to_string()),
+            // As gitlab-runner.
+            token_rotation: table.token_rotation.unwrap_or(true),
             backend,
+            backend_kind,
             limit: table.limit.unwrap_or(0),
             request_concurrency: above_zero(table.request_concurrency, REQUEST_CONCURRENCY),
             strict_check_interval: table.strict_check_interval.unwrap_or(false),
             builds_dir: path("builds_dir", table.builds_dir)?,
             cache_dir: path("cache_dir", table.cache_dir)?,
+            cache: table.cache.map(|table| self.cache(table)).transpose()?.unwrap_or_default(),
+            custom_build_dir: table
+                .custom_build_dir
+                .and_then(|table| table.enabled)
+                .unwrap_or(false),
+            mirrors_dir: path("mirrors_dir", table.mirrors_dir)?,
+            mirrors_keep: words("mirrors_keep", table.mirrors_keep)?.unwrap_or(MIRRORS_KEEP),
             environment: self.environment(table.environment)?,
             output_limit: above_zero(table.output_limit, OUTPUT_LIMIT_KIB).saturating_mul(1024),
             tls_ca_file: path("tls_ca_file", table.tls_ca_file)?,
             tls_cert_file: path("tls_cert_file", table.tls_cert_file)?,
             tls_key_file: path("tls_key_file", table.tls_key_file)?,
             shell,
+            // gitlab-runner's shell executor reads it too, and sites set up their modules there.
+            login_shell: table.login_shell.unwrap_or(true),
+            image,
             clone_url,
             pre_get_sources_script: table.pre_get_sources_script,
             post_get_sources_script: table.post_get_sources_script,
@@ -303,7 +347,11 @@ impl<'a> Place<'a> {
     }
 
     /// Resolves a path against the directory of the file.
-    fn path(&self, key: &'static str, text: &Spanned<String>) -> Result<Utf8PathBuf, ConfigError> {
+    pub(super) fn path(
+        &self,
+        key: &'static str,
+        text: &Spanned<String>,
+    ) -> Result<Utf8PathBuf, ConfigError> {
         let written = text.get_ref();
         let why = if written.is_empty() {
             "is empty"
@@ -339,7 +387,7 @@ impl<'a> Place<'a> {
     }
 
     /// Reads a duration; `None` where it is absent, or zero in the manner of gitlab-runner.
-    fn duration(
+    pub(super) fn duration(
         &self,
         key: &'static str,
         text: Option<&Spanned<DurationText>>,

@@ -72,6 +72,7 @@ fn a_small_file_has_every_default() {
     let config = place.load().unwrap();
     assert_eq!(config.path, place.path("config.toml"));
     assert_eq!(config.state_dir, place.path("state"));
+    assert_eq!(config.key_file, place.path("bridge.key"));
     assert_eq!((config.concurrent, config.check_interval), (100, Duration::from_secs(3)));
     assert_eq!(config.retention, Duration::from_secs(30 * 86_400));
     assert_eq!(config.lost_after, Duration::from_secs(1800));
@@ -132,6 +133,8 @@ output_limit = 1
 tls-ca-file = "ca.pem"
 tls_cert_file = "/etc/cert.pem"
 shell = "bash"
+login_shell = false
+image = "refuse"
 clone_url = "http://inside:8080"
 pre_get_sources_script = "echo a"
 pre_clone_script_not = false
@@ -142,6 +145,10 @@ unhealthy_requests_limit = 7
 debug_trace_disabled = true
 deadline_reserve = "2m"
 minimum_run_time = "45s"
+mirrors_dir = "/var/cache/mirrors"
+mirrors_keep = "10 days"
+[runners.custom_build_dir]
+enabled = true
 [runners.feature_flags]
 FF_TIMESTAMPS = false
 
@@ -174,6 +181,11 @@ extra = ["--exclusive"]
     assert_eq!(runner.get_sources_timeout, Some(Duration::from_secs(300)));
     assert_eq!(runner.prepare_timeout, Some(Duration::from_secs(600)));
     assert!(!runner.feature_flags["FF_TIMESTAMPS"]);
+    assert!(!runner.login_shell);
+    assert_eq!(runner.image, ImagePolicy::Refuse);
+    assert!(runner.custom_build_dir);
+    assert_eq!(runner.mirrors_dir.as_deref(), Some(Utf8Path::new("/var/cache/mirrors")));
+    assert_eq!(runner.mirrors_keep, Duration::from_secs(10 * 86_400));
     let backend = &config.backends[&BackendName::from("cluster")];
     assert_eq!(backend.max_queued, Some(200));
     assert_eq!(backend.poll_interval, Some(Duration::from_secs(5)));
@@ -273,6 +285,13 @@ fn two_runners_of_one_name_are_refused() {
 }
 
 #[test]
+fn mirrors_lie_where_no_job_writes() {
+    insta::assert_snapshot!(in_runner("builds_dir = \"/b\"\nmirrors_dir = \"/b/mirrors\""), @"DIR/config.toml:2: `mirrors_dir` must not share a tree with /b, where jobs write");
+    assert!(in_runner("builds_dir = \"/b/builds\"\nmirrors_dir = \"/b\"").contains("mirrors_dir"));
+    assert!(in_runner("mirrors_dir = \"state/builds/x\"").contains("mirrors_dir"));
+}
+
+#[test]
 fn a_name_must_do_as_a_file_name() {
     for bad in ["", "a/b", "../x", "-x", " x", "a\\nb", "a\\u0000"] {
         let text = RUNNER.replace("\"one\"", &format!("\"{bad}\""));
@@ -351,6 +370,7 @@ fn numbers_words_and_types_are_checked() {
     insta::assert_snapshot!(top("concurrent = \"many\""), @r#"DIR/config.toml:1: invalid type: string "many", expected usize"#);
     insta::assert_snapshot!(top("log_level = \"inof\""), @r#"DIR/config.toml:1: `log_level` must be one of trace, debug, info, warn, error, not "inof"; did you mean "info"?"#);
     insta::assert_snapshot!(top("log_format = \"xml\""), @r#"DIR/config.toml:1: `log_format` must be "text" or "json", not "xml""#);
+    insta::assert_snapshot!(in_runner("image = \"pull\""), @r#"DIR/config.toml:7: `image` must be "ignore" or "refuse""#);
     insta::assert_snapshot!(in_runner("shell = \"fish\""), @r#"DIR/config.toml:7: `shell` must be "bash" or "sh""#);
     let nameless = RUNNER.replace("name = \"one\"\n", "");
     insta::assert_snapshot!(Place::new(&format!("{nameless}{BACKEND}")).message(), @"DIR/config.toml:2: missing field `name`");

@@ -5,25 +5,27 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{ConnectInfo, Request, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::Response;
 use bytes::Bytes;
 
+use super::artifacts::Received;
 use super::door::{Caller, Line};
 use super::fault::{Answer, Endpoint, What};
 use super::job::Told;
 use super::reply::Reply;
 use super::state::{Recorded, Shared};
 use super::update::Update;
-use super::{git, register, request, rules, trace, update};
+use super::{artifacts, git, register, request, rules, runners_api, trace, update};
 
 /// Larger than any patch or pack request a client has a reason to send.
 const MAX_BODY: usize = 128 * 1024 * 1024;
 
 pub(super) fn router(shared: Arc<Shared>) -> Router {
     // Routing by hand: the relative root and the project paths are known only at run time.
-    Router::new().fallback(answer).with_state(shared)
+    // The bodies of artifacts go to files and have a limit of their own.
+    Router::new().fallback(answer).layer(DefaultBodyLimit::disable()).with_state(shared)
 }
 
 /// A call, read completely.
@@ -38,6 +40,8 @@ pub(super) struct Call {
     pub(super) body: Bytes,
     /// The body of a PUT.
     pub(super) update: Option<Result<Update, String>>,
+    /// The body of an upload.
+    pub(super) upload: Option<Result<Received, String>>,
 }
 
 impl Call {
@@ -49,6 +53,11 @@ impl Call {
     pub(super) fn query_param(&self, name: &str) -> Option<String> {
         let mut pairs = url::form_urlencoded::parse(self.query.as_bytes());
         pairs.find(|(key, _)| key == name).map(|(_, value)| value.into_owned())
+    }
+
+    /// The name of an uploaded file.
+    pub(super) fn upload_name(&self) -> Option<&str> {
+        self.upload.as_ref()?.as_ref().ok().map(Received::file_name)
     }
 
     pub(super) fn is_json(&self) -> bool {
@@ -82,7 +91,15 @@ fn route(method: &Method, path: &str) -> (Endpoint, Option<i64>) {
             Ok(id) => (Endpoint::Patch, Some(id)),
             Err(_) => unknown,
         },
-        _ => unknown,
+        (&Method::POST, ["jobs", id, "artifacts"]) => match id.parse() {
+            Ok(id) => (Endpoint::UploadArtifact, Some(id)),
+            Err(_) => unknown,
+        },
+        (&Method::GET, ["jobs", id, "artifacts"]) => match id.parse() {
+            Ok(id) => (Endpoint::DownloadArtifact, Some(id)),
+            Err(_) => unknown,
+        },
+        (method, parts) => (runners_api::route(method, parts).unwrap_or(Endpoint::Unknown), None),
     }
 }
 
@@ -96,6 +113,12 @@ async fn answer(
     let Some(path) = path.strip_prefix(shared.options.root.as_str()) else {
         return Reply::error(404, "404 Not Found").into_response();
     };
+    if let Some((Endpoint::UploadArtifact, job)) =
+        path.strip_prefix("/api/v4").map(|rest| route(&parts.method, rest))
+    {
+        let path = path.strip_prefix("/api/v4").unwrap_or(path).to_owned();
+        return take_file(&shared, line, job, path, Request::from_parts(parts, body)).await;
+    }
     let Ok(body) = axum::body::to_bytes(body, MAX_BODY).await else {
         return Reply::error(413, "413 Request Entity Too Large").into_response();
     };
@@ -120,12 +143,42 @@ async fn answer(
         headers: parts.headers,
         body,
         update,
+        upload: None,
     };
     meet(&shared, line, call).await
 }
 
+/// Takes a call whose body is written to a file as it comes.
+async fn take_file(
+    shared: &Arc<Shared>,
+    line: Arc<Line>,
+    job: Option<i64>,
+    path: String,
+    request: Request,
+) -> Response {
+    let method = request.method().clone();
+    let query = request.uri().query().unwrap_or_default().to_owned();
+    let headers = request.headers().clone();
+    let Some(upload) = artifacts::receive(shared, &line, request).await else {
+        shared.anything.notify_waiters();
+        return Response::new(Body::empty());
+    };
+    let call = Call {
+        endpoint: Endpoint::UploadArtifact,
+        job,
+        path,
+        method,
+        query,
+        headers,
+        body: Bytes::new(),
+        update: None,
+        upload: Some(upload),
+    };
+    meet(shared, line, call).await
+}
+
 /// Counts the call, lets a fault happen to it, and does what it asks.
-async fn meet(shared: &Arc<Shared>, line: Arc<Line>, call: Call) -> Response {
+pub(super) async fn meet(shared: &Arc<Shared>, line: Arc<Line>, call: Call) -> Response {
     let fault = {
         let mut state = shared.lock();
         state.requests.count(call.endpoint);
@@ -188,6 +241,15 @@ async fn answer_call(
         after(shared, line, call, response.status().as_u16(), surely);
         return bend_git(line, &what, response);
     }
+    if matches!(call.endpoint, Endpoint::DownloadArtifact | Endpoint::ObjectStorage) {
+        let response = if call.endpoint == Endpoint::DownloadArtifact {
+            Box::pin(artifacts::download(shared, call)).await
+        } else {
+            Box::pin(artifacts::storage(shared, call)).await
+        };
+        after(shared, line, call, response.status().as_u16(), surely);
+        return bend_git(line, &what, response);
+    }
     let mut reply = effect(shared, call).await;
     after(shared, line, call, reply.status, surely);
     match what {
@@ -213,11 +275,16 @@ async fn effect(shared: &Arc<Shared>, call: &Call) -> Reply {
         Endpoint::Update | Endpoint::FinalUpdate => update::update(shared, call),
         Endpoint::Patch => trace::patch(shared, call),
         Endpoint::JobInfo => update::job_info(shared, call),
+        Endpoint::UploadArtifact => artifacts::upload(shared, call),
+        Endpoint::CreateRunner | Endpoint::RunnersApi => runners_api::answer(shared, call),
         // Answers everybody, with a date; to those without a token of a user it says no more.
         Endpoint::Unknown if call.method == Method::GET && call.path == "/version" => {
             Reply::message(401, "401 Unauthorized")
         }
-        Endpoint::Git | Endpoint::Unknown => {
+        Endpoint::Git
+        | Endpoint::DownloadArtifact
+        | Endpoint::ObjectStorage
+        | Endpoint::Unknown => {
             let text = format!("call to an unknown address: {} {}", call.method, call.path);
             shared.lock().violation(text);
             Reply::error(404, "404 Not Found")

@@ -28,6 +28,16 @@ pub enum Endpoint {
     Patch,
     /// `GET /job`.
     JobInfo,
+    /// `POST /jobs/:id/artifacts`.
+    UploadArtifact,
+    /// `GET /jobs/:id/artifacts`.
+    DownloadArtifact,
+    /// Any call to the second host, where files are kept.
+    ObjectStorage,
+    /// `POST /user/runners`.
+    CreateRunner,
+    /// Everything else of the Runners API, with a personal access token.
+    RunnersApi,
     /// git over HTTP.
     Git,
     /// Anything else.
@@ -36,7 +46,7 @@ pub enum Endpoint {
 
 impl Endpoint {
     /// Every kind, in the order of the counters.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 17] = [
         Self::Register,
         Self::Verify,
         Self::Unregister,
@@ -47,6 +57,11 @@ impl Endpoint {
         Self::FinalUpdate,
         Self::Patch,
         Self::JobInfo,
+        Self::UploadArtifact,
+        Self::DownloadArtifact,
+        Self::ObjectStorage,
+        Self::CreateRunner,
+        Self::RunnersApi,
         Self::Git,
         Self::Unknown,
     ];

@@ -8,16 +8,19 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::Response;
+use futures_util::StreamExt as _;
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::Command;
 use tokio_util::io::ReaderStream;
 
 use super::api::Call;
+use super::lfs;
 use super::reply::Reply;
 use super::state::Shared;
 
@@ -47,10 +50,33 @@ pub enum ServeError {
     },
 }
 
+/// What went over the wire for one repository, without headers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GitTraffic {
+    /// Requests, answered and refused.
+    pub requests: u64,
+    /// Requests for objects, as opposed to listings of refs.
+    pub packs: u64,
+    /// Bytes in answers.
+    pub sent: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    requests: AtomicU64,
+    packs: AtomicU64,
+    sent: AtomicU64,
+}
+
 /// A repository that is served.
 #[derive(Debug)]
 pub(super) struct Repository {
     dir: TempDir,
+    /// Where Git LFS keeps the objects of the one on disk.
+    large: PathBuf,
+    /// Whether job tokens of other projects may read it.
+    pub(super) open: bool,
+    traffic: Arc<Counters>,
     head: String,
     branch: Option<String>,
     pipelines: HashMap<i64, String>,
@@ -97,7 +123,24 @@ impl Repository {
             std::fs::create_dir_all(bare.join("refs/pipelines"))
         };
         write().map_err(prepare)?;
-        Ok(Self { dir, head, branch, pipelines: HashMap::new() })
+        let large = common.join("lfs/objects");
+        let traffic = Arc::default();
+        Ok(Self { dir, large, open: false, traffic, head, branch, pipelines: HashMap::new() })
+    }
+
+    /// Takes over what holds for a project, however often its repository is looked at anew.
+    pub(super) fn go_on_as(&mut self, before: &Self) {
+        self.open = before.open;
+        self.traffic = Arc::clone(&before.traffic);
+    }
+
+    /// What has been asked and answered so far.
+    pub(super) fn traffic(&self) -> GitTraffic {
+        GitTraffic {
+            requests: self.traffic.requests.load(Ordering::Relaxed),
+            packs: self.traffic.packs.load(Ordering::Relaxed),
+            sent: self.traffic.sent.load(Ordering::Relaxed),
+        }
     }
 
     /// HEAD's commit and branch.
@@ -151,9 +194,15 @@ async fn git(path: &Path, args: &[&str]) -> Result<String, ServeError> {
 /// Takes `/group/project.git/info/refs` apart.
 fn split(path: &str) -> Option<(&str, &str)> {
     let (project, rest) = path.split_once(".git/")?;
-    let known = matches!(rest, "info/refs" | "git-upload-pack" | "git-receive-pack");
+    let known = matches!(
+        rest,
+        "info/refs" | "git-upload-pack" | "git-receive-pack" | "info/lfs/objects/batch"
+    ) || rest.starts_with(LARGE_OBJECT);
     known.then(|| (project.trim_start_matches('/'), rest))
 }
+
+/// Where large objects are; as GitLab has it.
+const LARGE_OBJECT: &str = "gitlab-lfs/objects/";
 
 pub(super) fn is_git(path: &str) -> bool {
     split(path).is_some()
@@ -174,7 +223,7 @@ fn refused(status: u16, text: &'static str) -> Response {
 /// Serves one request of git's smart protocol.
 pub(super) async fn serve(shared: &Arc<Shared>, call: &Call) -> Response {
     let Some((project, rest)) = split(&call.path) else { return refused(404, "not found") };
-    let root = {
+    let (root, large, traffic) = {
         let state = shared.lock();
         let token = call.header("authorization").and_then(job_token);
         let id = token.and_then(|token| state.job_by_token.get(&token).copied());
@@ -182,21 +231,50 @@ pub(super) async fn serve(shared: &Arc<Shared>, call: &Call) -> Response {
         if !job.status.takes_calls() || job.token_expired(shared.clock.now()) {
             return refused(403, "the job is not running\n");
         }
-        if *job.project != *project {
+        let repository = state.repositories.get(project);
+        if *job.project != *project && repository.is_none_or(|repository| !repository.open) {
             return refused(403, "the job belongs to another project\n");
         }
-        let Some(repository) = state.repositories.get(project) else {
+        let Some(repository) = repository else {
             return refused(404, "The project you were looking for could not be found\n");
         };
-        repository.dir.path().to_owned()
+        (
+            repository.dir.path().to_owned(),
+            repository.large.clone(),
+            Arc::clone(&repository.traffic),
+        )
     };
+    traffic.requests.fetch_add(1, Ordering::Relaxed);
+    if rest == "info/lfs/objects/batch" {
+        let base = format!("{}/{project}.git", shared.url.get().map_or("", String::as_str));
+        let authorization = call.header("authorization").unwrap_or_default();
+        let reply = lfs::batch(&large, &base, authorization, &call.body);
+        traffic.sent.fetch_add(length(reply.body.len()), Ordering::Relaxed);
+        return reply.into_response();
+    }
+    if let Some(oid) = rest.strip_prefix(LARGE_OBJECT) {
+        let reply = lfs::object(&large, oid).await;
+        traffic.sent.fetch_add(length(reply.body.len()), Ordering::Relaxed);
+        return reply.into_response();
+    }
+    // Long requests come compressed, and only those for objects are long.
+    let compressed = call.header("content-encoding").is_some();
+    if rest == "git-upload-pack" && (compressed || contains(&call.body, b"command=fetch")) {
+        traffic.packs.fetch_add(1, Ordering::Relaxed);
+    }
     let pushes = rest == "git-receive-pack"
         || call.query_param("service").as_deref() == Some("git-receive-pack");
     if pushes {
         return refused(403, "You are not allowed to push code to this project.\n");
     }
     match backend(shared, call, &root, rest).await {
-        Ok(response) => response,
+        Ok(response) => response.map(|body| {
+            Body::from_stream(body.into_data_stream().inspect(move |piece| {
+                if let Ok(piece) = piece {
+                    traffic.sent.fetch_add(length(piece.len()), Ordering::Relaxed);
+                }
+            }))
+        }),
         Err(error) => {
             tracing::warn!(%error, "git http-backend failed");
             refused(500, "git failed\n")
@@ -289,6 +367,14 @@ async fn backend(
         }
     });
     Ok(response)
+}
+
+fn length(len: usize) -> u64 {
+    u64::try_from(len).unwrap_or(u64::MAX)
+}
+
+fn contains(text: &[u8], word: &[u8]) -> bool {
+    text.windows(word.len()).any(|window| window == word)
 }
 
 /// Takes the job token out of `Basic …`.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use super::artifacts::Stored;
 use super::door::Line;
 use super::new_job::NewJob;
 use super::view::{EndedBy, Final, JobView, Status};
@@ -111,6 +112,12 @@ pub(super) struct Job {
     pub(super) patch_window: Window,
     pub(super) update_window: Window,
 
+    /// The jobs whose artifacts it gets.
+    pub(super) needs: Vec<i64>,
+    pub(super) artifacts: Vec<Stored>,
+    /// Somebody deleted what there was.
+    pub(super) artifacts_erased: bool,
+
     pub(super) changed: Option<Arc<Notify>>,
 }
 
@@ -169,6 +176,9 @@ impl Job {
             finals: 0,
             patch_window: Window::default(),
             update_window: Window::default(),
+            needs: wish.needs.clone(),
+            artifacts: Vec::new(),
+            artifacts_erased: false,
             changed: None,
             wish: Some(Box::new(wish)),
         }

@@ -7,11 +7,14 @@
 //! [`Coordinator::violations`] what a well-behaved runner would not have done.
 
 mod api;
+mod artifact_rules;
+mod artifacts;
 mod clock;
 mod door;
 mod fault;
 mod git;
 mod job;
+mod lfs;
 mod new_job;
 mod options;
 mod payload;
@@ -21,6 +24,7 @@ mod reply;
 mod request;
 mod rules;
 mod runner;
+mod runners_api;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -43,12 +47,14 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use self::door::Period;
 use self::state::Shared;
 
+pub use self::artifacts::ArtifactView;
 pub use self::fault::{Endpoint, Fault, Gate, Requests};
-pub use self::git::ServeError;
+pub use self::git::{GitTraffic, ServeError};
 pub use self::new_job::{Git, NewJob, Shape, Variable};
 pub use self::options::{
     Knobs, Options, RateLimits, Registration, RunnerOptions, TokenKind, Version,
 };
+pub use self::runners_api::{AccessToken, Owner};
 pub use self::state::Recorded;
 pub use self::view::{Counts, EndedBy, Final, JobView, ManagerView, RunnerView, Status};
 
@@ -84,6 +90,8 @@ struct Handle {
     // Never listens; keeps the port ours during an outage.
     _port: TcpSocket,
     reach: Mutex<Reach>,
+    // The second host, and its port.
+    storage: Mutex<Option<(TcpSocket, Period)>>,
     shutdown: CancellationToken,
     // Without anybody to hold the coordinator, nobody can stop it.
     _stop: DropGuard,
@@ -124,6 +132,7 @@ impl Coordinator {
             address,
             _port: port,
             reach: Mutex::new(Reach::Open(period)),
+            storage: Mutex::new(None),
             shutdown: shutdown.clone(),
             _stop: shutdown.drop_guard(),
         };
@@ -155,6 +164,10 @@ impl Coordinator {
         match before {
             Reach::Open(period) => period.end().await,
             Reach::Away | Reach::Stopped => {}
+        }
+        let storage = self.handle.storage.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some((_port, period)) = storage {
+            period.end().await;
         }
         let tasks = &self.shared().tasks;
         tasks.close();
@@ -391,6 +404,77 @@ impl Coordinator {
         });
     }
 
+    /// Opens a second host, to which downloads are redirected from now on if the client allows it;
+    /// gives its URL. A token that arrives there is a violation.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no port to listen on.
+    pub fn start_object_storage(&self) -> Result<String, StartError> {
+        let bind = SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 0));
+        let failed = |source| StartError::Listen { address: bind, source };
+        let port = door::reserve(bind).map_err(failed)?;
+        let address = port.local_addr().map_err(failed)?;
+        let app = artifacts::storage_router(Arc::clone(&self.handle.shared));
+        let period = Period::begin(address, app, &self.handle.shutdown).map_err(failed)?;
+        let url = format!("http://{address}");
+        *self.handle.storage.lock().unwrap_or_else(PoisonError::into_inner) = Some((port, period));
+        self.shared().change(|state, _| state.storage_url = Some(url.clone()));
+        Ok(url)
+    }
+
+    /// Gives what a job has uploaded, in order.
+    pub fn artifacts(&self, id: i64) -> Vec<ArtifactView> {
+        let state = self.shared().lock();
+        let job = state.job(id);
+        job.map(|job| job.artifacts.iter().map(artifacts::Stored::view).collect())
+            .unwrap_or_default()
+    }
+
+    /// Keeps an artifact as if a job had uploaded it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the file cannot be written.
+    pub fn put_artifact(
+        &self,
+        id: i64,
+        artifact_type: &str,
+        format: &str,
+        file_name: &str,
+        content: &[u8],
+    ) -> io::Result<()> {
+        self.shared()
+            .change(|state, _| state.put_artifact(id, artifact_type, format, file_name, content))
+    }
+
+    /// Lets a job's artifacts expire.
+    pub fn expire_artifacts(&self, id: i64) {
+        self.with_job(id, |job, now| {
+            for artifact in &mut job.artifacts {
+                artifact.expires_at = Some(now);
+            }
+        });
+    }
+
+    /// Deletes a job's artifacts, as a user may.
+    pub fn delete_artifacts(&self, id: i64) {
+        self.with_job(id, |job, _| {
+            job.artifacts.clear();
+            job.artifacts_erased = true;
+        });
+    }
+
+    /// Cuts one upload after so many bytes of its body; the next one of several that are cut.
+    pub fn cut_upload(&self, after: u64) {
+        self.shared().change(|state, _| state.upload_cuts.push_back(after));
+    }
+
+    /// Cuts one download after so many bytes, wherever it comes from.
+    pub fn cut_download(&self, after: u64) {
+        self.shared().change(|state, _| state.download_cuts.push_back(after));
+    }
+
     /// Gives what can be turned, as it stands.
     pub fn knobs(&self) -> Knobs {
         self.shared().lock().knobs.clone()
@@ -477,10 +561,28 @@ impl Coordinator {
         project_path: &str,
         path: &Path,
     ) -> Result<(), ServeError> {
-        let repository = git::Repository::open(path).await?;
+        let mut repository = git::Repository::open(path).await?;
         self.shared().change(|state, _| {
+            if let Some(before) = state.repositories.get(project_path) {
+                repository.go_on_as(before);
+            }
             state.repositories.insert(project_path.to_owned(), repository);
         });
         Ok(())
+    }
+
+    /// Lets job tokens of every project read a served one, as its allowlist would.
+    pub fn open_repository(&self, project_path: &str) {
+        self.shared().change(|state, _| {
+            if let Some(repository) = state.repositories.get_mut(project_path) {
+                repository.open = true;
+            }
+        });
+    }
+
+    /// Says what git and Git LFS have been sent of a served project; nothing of one that is not.
+    pub fn git_traffic(&self, project_path: &str) -> GitTraffic {
+        let state = self.shared().lock();
+        state.repositories.get(project_path).map(git::Repository::traffic).unwrap_or_default()
     }
 }

@@ -154,6 +154,7 @@ pub struct NewJob {
     pub(super) artifacts: Vec<Value>,
     pub(super) cache: Vec<Value>,
     pub(super) dependencies: Vec<Value>,
+    pub(super) needs: Vec<i64>,
     pub(super) tags: Vec<String>,
     pub(super) runner: Option<String>,
     pub(super) requires: Vec<String>,
@@ -210,6 +211,7 @@ impl NewJob {
             artifacts: Vec::new(),
             cache: Vec::new(),
             dependencies: Vec::new(),
+            needs: Vec::new(),
             tags: Vec::new(),
             runner: None,
             requires: Vec::new(),
@@ -378,6 +380,14 @@ impl NewJob {
     #[must_use]
     pub fn dependency(mut self, dependency: Value) -> Self {
         self.dependencies.push(dependency);
+        self
+    }
+
+    /// Gives the job what another one left: its artifacts as a dependency, its dotenv reports as
+    /// variables. What has been deleted or has expired by then fails the job.
+    #[must_use]
+    pub fn needs(mut self, job: i64) -> Self {
+        self.needs.push(job);
         self
     }
 

@@ -221,6 +221,16 @@ pub struct Knobs {
     pub plain_verify: bool,
     /// Whether handed-out jobs stay pending until the runner says `running` (18.5 to 18.7).
     pub two_phase: bool,
+    /// Whether artifacts are switched off: 405.
+    pub artifacts_off: bool,
+    /// The largest artifact in bytes; a larger one is answered 413.
+    pub max_artifact_size: u64,
+    /// The size a packed dotenv report must stay below.
+    pub dotenv_size: u64,
+    /// How many variables a dotenv report may have.
+    pub dotenv_variables: usize,
+    /// How long uploads are paused after each piece.
+    pub slow_reader: Option<Duration>,
 }
 
 impl Default for Knobs {
@@ -236,6 +246,11 @@ impl Default for Knobs {
             runner_token_life: None,
             plain_verify: false,
             two_phase: false,
+            artifacts_off: false,
+            max_artifact_size: 100 * 1024 * 1024,
+            dotenv_size: 5120,
+            dotenv_variables: 20,
+            slow_reader: None,
         }
     }
 }

@@ -25,6 +25,13 @@ pub(super) struct RunnerCall {
     run_untagged: Option<bool>,
     maximum_timeout: Option<u64>,
     paused: Option<bool>,
+    /// Read for its kind alone, as the next two are.
+    #[serde(rename = "active")]
+    _active: Option<bool>,
+    #[serde(rename = "locked")]
+    _locked: Option<bool>,
+    #[serde(rename = "access_level")]
+    _access_level: Option<String>,
 }
 
 impl RunnerCall {
@@ -68,6 +75,9 @@ pub(super) fn register(shared: &Shared, call: &Call) -> Reply {
     };
     if token != *expected {
         return Reply::message(403, "403 Forbidden - invalid token supplied");
+    }
+    if !matches!(body.tag_list, None | Some(Value::Null | Value::String(_) | Value::Array(_))) {
+        return Reply::error(400, "tag_list is invalid");
     }
     let tags = tags(body.tag_list.as_ref());
     let run_untagged = body.run_untagged.unwrap_or(true);

@@ -2,6 +2,8 @@
 //! because of them.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
 use std::time::Duration;
 
 use axum::http::Method;
@@ -83,8 +85,12 @@ const MIN_SECRET: usize = 8;
 pub(super) fn on_call(state: &mut State, call: &Call) {
     let what = call.endpoint;
     let kind = match what {
-        Endpoint::Git | Endpoint::Unknown => return,
-        Endpoint::JobInfo => None,
+        Endpoint::Git | Endpoint::ObjectStorage | Endpoint::Unknown => return,
+        Endpoint::JobInfo
+        | Endpoint::DownloadArtifact
+        | Endpoint::CreateRunner
+        | Endpoint::RunnersApi => None,
+        Endpoint::UploadArtifact => Some("multipart/form-data"),
         Endpoint::Patch => Some("text/plain"),
         Endpoint::Register
         | Endpoint::Verify
@@ -240,6 +246,38 @@ pub(super) fn on_patch(state: &mut State, id: i64, range: &str, start: u64, stor
     for text in broken {
         state.violation(text);
     }
+}
+
+/// Checks an upload before anything is decided about it.
+pub(super) fn on_artifact(state: &mut State, id: i64, call: &Call) {
+    let Some(job) = state.job(id) else { return };
+    let mut broken = Vec::new();
+    if job.final_update.is_some() {
+        broken.push(format!("job {id}: artifact after the final update"));
+    }
+    let secrets = job.masked.iter().map(|secret| secret.trim()).chain([job.token.as_str()]);
+    let name = call.upload_name().unwrap_or_default();
+    if secrets.filter(|secret| secret.len() >= MIN_SECRET).any(|secret| name.contains(secret)) {
+        broken.push(format!("job {id}: a secret in an artifact's name"));
+    }
+    for text in broken {
+        state.violation(text);
+    }
+}
+
+/// Gives what is wrong with a zip that is to be an archive.
+pub(super) fn in_archive(path: &Path) -> Vec<String> {
+    let opened = File::open(path).map_err(zip::result::ZipError::from);
+    let archive = match opened.and_then(zip::ZipArchive::new) {
+        Ok(archive) => archive,
+        Err(error) => return vec![format!("the archive cannot be read: {error}")],
+    };
+    let outside = |name: &str| {
+        name.starts_with('/') || name.split('/').any(|part| part == "..") || name.contains('\\')
+    };
+    // A name that is no text is a name all the same.
+    let names = archive.file_names().flatten().filter(|name| outside(name)).take(3);
+    names.map(|name| format!("the archive holds {name:?}")).collect()
 }
 
 /// Checks how long the runner was silent. Time that a test skipped in one go does not count.

@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use super::job::Window;
 use super::new_job::NewJob;
 use super::options::RunnerOptions;
+use super::runners_api::Card;
 use super::view::{ManagerView, RunnerView};
 
 /// What a manager said about itself is stored again only after this time. GitLab draws between 40
@@ -29,6 +30,13 @@ pub(super) struct Info {
     pub(super) platform: Option<String>,
     pub(super) executor: Option<String>,
     pub(super) features: Option<HashMap<String, Value>>,
+    /// Read for its kind alone, as the next two are.
+    #[serde(rename = "name")]
+    _name: Option<String>,
+    #[serde(rename = "revision")]
+    _revision: Option<String>,
+    #[serde(rename = "architecture")]
+    _architecture: Option<String>,
 }
 
 impl Info {
@@ -54,6 +62,7 @@ pub(super) struct Runner {
     pub(super) token: String,
     pub(super) token_expires: Option<Duration>,
     pub(super) options: RunnerOptions,
+    pub(super) card: Card,
     pub(super) deleted: bool,
     pub(super) orphaned: bool,
     pub(super) managers: HashMap<Arc<str>, Manager>,
@@ -80,6 +89,7 @@ impl Runner {
             token,
             token_expires: None,
             options,
+            card: Card::new(now),
             deleted: false,
             orphaned: false,
             managers: HashMap::new(),

@@ -11,6 +11,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::artifacts::Stored;
 use super::clock::Clock;
 use super::fault::{Endpoint, Faults, Requests};
 use super::git::Repository;
@@ -18,6 +19,7 @@ use super::job::Job;
 use super::new_job::NewJob;
 use super::options::{Knobs, Options, RunnerOptions, TokenKind};
 use super::runner::Runner;
+use super::runners_api::Users;
 use super::view::{Counts, EndedBy, Status};
 use super::{payload, random, rules};
 
@@ -126,6 +128,13 @@ pub(super) struct State {
     pub(super) job_by_token: HashMap<String, i64>,
     pub(super) repositories: HashMap<String, Repository>,
     pub(super) recorded: Option<Vec<Recorded>>,
+    /// After how many bytes the next uploads and downloads are cut.
+    pub(super) upload_cuts: VecDeque<u64>,
+    pub(super) download_cuts: VecDeque<u64>,
+    /// The second host, if there is one, and what it was told to give out.
+    pub(super) storage_url: Option<String>,
+    pub(super) signed: HashMap<String, Stored>,
+    pub(super) users: Users,
     /// Time that tests skipped in steps so large that no client could have called in between.
     pub(super) skipped: Duration,
     pub(super) away: bool,
@@ -158,6 +167,11 @@ impl State {
             job_by_token: HashMap::new(),
             repositories: HashMap::new(),
             recorded: options.record.then(Vec::new),
+            upload_cuts: VecDeque::new(),
+            download_cuts: VecDeque::new(),
+            storage_url: None,
+            signed: HashMap::new(),
+            users: Users::default(),
             skipped: Duration::ZERO,
             away: false,
             keep_traces: options.keep_traces,
@@ -278,6 +292,7 @@ impl State {
         {
             tracing::warn!(%error, "cannot write the pipeline's ref");
         }
+        self.users.note_project(wish.project_id, &wish.project_path);
         for runner in &mut self.runners {
             if runner.suits(&wish) {
                 runner.ring(now);
@@ -361,10 +376,16 @@ impl State {
                 place += 1;
                 continue;
             }
+            let orphaned = self.lacks_dependency(wish, now);
             let lacking = wish.required().into_iter().find(|feature| !can(feature));
             self.queue.remove(place);
             if lacking.is_some() {
                 self.finish(id, Status::Failed, Some("runner_unsupported"), EndedBy::Server, now);
+                continue;
+            }
+            if orphaned {
+                let reason = Some("missing_dependency_failure");
+                self.finish(id, Status::Failed, reason, EndedBy::Server, now);
                 continue;
             }
             return self.hand_out(id, at, system_id, shared, now);
@@ -388,10 +409,12 @@ impl State {
         let queue_size = self.queue.len();
         let skipped = self.skipped;
         let kind = self.knobs.token_kind;
-        let runner = self.runners.get(at)?;
-        let place = usize::try_from(id.checked_sub(self.first_job)?).ok()?;
+        let place = self.index(id)?;
         let job = self.jobs.get_mut(place)?;
-        let wish = if two_phase { job.wish.clone()? } else { job.wish.take()? };
+        let mut wish = if two_phase { job.wish.clone()? } else { job.wish.take()? };
+        self.add_dependencies(&mut wish, &token, shared.options.version);
+        let runner = self.runners.get(at)?;
+        let job = self.jobs.get_mut(place)?;
         if let Some(limit) = runner.options.maximum_timeout {
             job.timeout = job.timeout.min(limit);
         }

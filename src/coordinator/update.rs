@@ -9,6 +9,7 @@ use super::api::Call;
 use super::job::{Job, Told};
 use super::reply::Reply;
 use super::rules;
+use super::runner::Info;
 use super::state::{Shared, State};
 use super::view::{EndedBy, Final, Status};
 
@@ -25,6 +26,9 @@ pub(super) struct Update {
     pub(super) exit_code: Option<i64>,
     pub(super) output: Option<Output>,
     pub(super) checksum: Option<String>,
+    /// Read for its form alone.
+    #[serde(rename = "info")]
+    _info: Option<Info>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -312,6 +312,15 @@ impl Verdict {
         self.failure.is_none()
     }
 
+    /// Decides about a job that did its work and whose artifacts GitLab does not have.
+    pub fn artifacts_refused(why: &str) -> Self {
+        Self::failed(
+            FailureReason::ScriptFailure,
+            Some(1),
+            format!("its artifacts could not be uploaded: {why}"),
+        )
+    }
+
     /// Gives the trace's last line, without styles: as gitlab-runner words it.
     pub fn last_line(&self) -> String {
         match (self.failure, &self.explanation) {

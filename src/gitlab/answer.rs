@@ -116,6 +116,28 @@ impl Answer {
             .map(|wait| wait.min(MAX_RETRY_AFTER))
     }
 
+    /// Names the next page of a list by the query that asks for it; `asked` is that of this page.
+    ///
+    /// Of a `Link` only the query counts: its host is what GitLab believes to be called, which need
+    /// not be where we reach it, and the token goes nowhere else.
+    pub(super) fn next_page(&self, asked: &str) -> Option<String> {
+        if let Some(links) = self.header("link") {
+            let next = links.split(',').find(|link| {
+                link.split(';')
+                    .skip(1)
+                    .any(|word| word.trim().replace('"', "").eq_ignore_ascii_case("rel=next"))
+            });
+            let url = next.and_then(|link| link.split_once('<')?.1.split_once('>'));
+            return url.and_then(|(url, _)| url.split_once('?')).map(|(_, query)| query.to_owned());
+        }
+        let page = self.header("x-next-page")?;
+        let mut query = url::form_urlencoded::Serializer::new(String::new());
+        query.extend_pairs(
+            url::form_urlencoded::parse(asked.as_bytes()).filter(|(key, _)| key != "page"),
+        );
+        Some(query.append_pair("page", page).finish())
+    }
+
     /// GitLab's words, one line; empty if it gave none.
     pub(super) fn message(&self) -> String {
         let text = match serde_json::from_slice::<serde_json::Value>(&self.body) {

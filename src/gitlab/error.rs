@@ -83,6 +83,14 @@ pub(super) enum Cause {
     Html { status: u16 },
     #[error("the answer {status} is larger than {limit} bytes")]
     TooLarge { status: u16, limit: usize },
+    #[error("the answer {status} ended after {got} of {whole} bytes")]
+    Incomplete { status: u16, got: u64, whole: u64 },
+    #[error("the file {path} cannot be written")]
+    Unwritten {
+        path: Utf8PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("the answer {status} {fault}")]
     Unreadable { status: u16, fault: String },
     #[error(
@@ -110,6 +118,7 @@ impl Error {
             | Cause::Broken(_)
             | Cause::Silent(_)
             | Cause::Stalled { .. }
+            | Cause::Incomplete { .. }
             | Cause::Html { .. }
             | Cause::Random(_) => ErrorKind::Transient,
             Cause::TooLarge { .. }
@@ -118,6 +127,7 @@ impl Error {
             | Cause::EmptyPatch => ErrorKind::Refused,
             Cause::BadUrl(_)
             | Cause::File { .. }
+            | Cause::Unwritten { .. }
             | Cause::NoCertificate { .. }
             | Cause::UnfitFile { .. }
             | Cause::HalfIdentity

@@ -17,20 +17,20 @@ const FEATURES: &[(&str, bool)] = &[
     ("variables", true),
     ("image", false),
     ("services", false),
-    ("artifacts", false),
-    ("cache", false),
-    ("fallback_cache_keys", false),
+    ("artifacts", true),
+    ("cache", true),
+    ("fallback_cache_keys", true),
     // Several jobs share a machine and its file systems.
     ("shared", true),
-    ("upload_multiple_artifacts", false),
-    ("upload_raw_artifacts", false),
+    ("upload_multiple_artifacts", true),
+    ("upload_raw_artifacts", true),
     ("session", false),
     ("terminal", false),
     ("refspecs", true),
     ("masking", true),
     ("proxy", false),
     ("raw_variables", true),
-    ("artifacts_exclude", false),
+    ("artifacts_exclude", true),
     ("multi_build_steps", true),
     ("trace_reset", true),
     ("trace_checksum", true),
@@ -45,7 +45,7 @@ const FEATURES: &[(&str, bool)] = &[
     ("cancel_gracefully", true),
     ("native_steps_integration", false),
     ("two_phase_job_commit", false),
-    ("job_inputs", false),
+    ("job_inputs", true),
 ];
 
 /// What differs from runner to runner; empty texts are left out.
@@ -214,8 +214,13 @@ mod tests {
         assert_eq!(
             claimed,
             [
+                "artifacts",
+                "artifacts_exclude",
+                "cache",
                 "cancel_gracefully",
                 "cancelable",
+                "fallback_cache_keys",
+                "job_inputs",
                 "masking",
                 "multi_build_steps",
                 "raw_variables",
@@ -225,6 +230,8 @@ mod tests {
                 "trace_checksum",
                 "trace_reset",
                 "trace_size",
+                "upload_multiple_artifacts",
+                "upload_raw_artifacts",
                 "variables",
             ]
         );

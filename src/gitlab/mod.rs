@@ -12,6 +12,8 @@
 //! [`health`] and [`identity`] are beside the client because nobody else needs them.
 
 mod answer;
+pub mod api;
+mod artifacts;
 mod error;
 pub mod health;
 pub mod identity;
@@ -19,6 +21,7 @@ mod info;
 mod jobs;
 mod runners;
 mod skew;
+mod stream;
 mod tls;
 mod trace;
 mod transport;
@@ -34,13 +37,16 @@ use url::Url;
 use crate::domain::clock::{Clock, SystemClock};
 use crate::domain::id::CiJobId;
 
+pub use artifacts::{
+    ArtifactUpload, DownloadAnswer, DownloadArtifactReply, UploadAnswer, UploadArtifactReply,
+};
 pub use error::{Error, ErrorKind};
 pub use info::{Info, InfoOptions, InvalidLabel, check_labels};
 pub use jobs::{JobUpdate, ReceivedJob, RequestReply, Undecodable, UpdateReply, UpdateState};
 pub use runners::{
-    CreateReply, Credentials, NewRunner, RegisterReply, Registration, ResetReply, UnregisterReply,
-    VerifyReply,
+    Credentials, RegisterReply, Registration, ResetReply, UnregisterReply, VerifyReply,
 };
+pub use stream::PartialFile;
 pub use trace::PatchReply;
 use transport::Transport;
 pub use wire::Secret;
@@ -232,5 +238,7 @@ impl fmt::Display for CiStatus {
     }
 }
 
+#[cfg(test)]
+mod artifacts_tests;
 #[cfg(test)]
 mod tests;

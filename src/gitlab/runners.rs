@@ -128,74 +128,6 @@ pub enum RegisterReply {
     },
 }
 
-/// The runner that a personal access token makes; what is `None` or empty is left to GitLab.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct NewRunner {
-    /// `instance_type`, `group_type` or `project_type`.
-    pub runner_type: String,
-    /// The group, for its runners.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub group_id: Option<i64>,
-    /// The project, for its runners.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub project_id: Option<i64>,
-    /// What it is called.
-    #[serde(skip_serializing_if = "String::is_empty")]
-    pub description: String,
-    /// A note for administrators.
-    #[serde(skip_serializing_if = "String::is_empty")]
-    pub maintenance_note: String,
-    /// Its tags, separated by commas.
-    #[serde(skip_serializing_if = "String::is_empty")]
-    pub tag_list: String,
-    /// Whether it takes jobs without tags.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub run_untagged: Option<bool>,
-    /// Whether it is kept to its project.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub locked: Option<bool>,
-    /// `not_protected` or `ref_protected`.
-    #[serde(skip_serializing_if = "String::is_empty")]
-    pub access_level: String,
-    /// The longest timeout of its jobs, seconds.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub maximum_timeout: Option<u64>,
-    /// Whether it gets no jobs for now.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub paused: Option<bool>,
-}
-
-/// What `POST /user/runners` may answer.
-#[derive(Clone, Debug)]
-pub enum CreateReply {
-    /// 201: there is a runner; its token is shown this once.
-    Created(Credentials),
-    /// 400: a value is wrong.
-    Invalid {
-        /// GitLab's words.
-        message: String,
-    },
-    /// 401, 403: the access token may not do that.
-    Refused {
-        /// GitLab's words.
-        message: String,
-    },
-    /// 408, 429, 5xx: later; there may be a runner all the same.
-    Busy {
-        /// The status.
-        status: u16,
-        /// When the server wants to be asked again.
-        retry_after: Option<Duration>,
-    },
-    /// Any other status.
-    Unexpected {
-        /// The status.
-        status: u16,
-        /// GitLab's words.
-        message: String,
-    },
-}
-
 /// What removing a runner or a runner manager may be answered with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UnregisterReply {
@@ -343,27 +275,6 @@ impl Client {
         })
     }
 
-    /// Makes a runner with a personal access token of scope `create_runner` or `api`.
-    pub async fn create_runner(
-        &self,
-        access_token: &Secret,
-        runner: &NewRunner,
-    ) -> Result<CreateReply, Error> {
-        let ask = Ask::json(Method::POST, "user/runners", runner, self.timeouts())?
-            .credential(Credential::Private(access_token))
-            .accept_json();
-        let answer = self.0.exchange(ask).await?.unless_html()?;
-        Ok(match answer.status {
-            201 => CreateReply::Created(self.credentials(answer)?),
-            400 => CreateReply::Invalid { message: answer.message() },
-            401 | 403 => CreateReply::Refused { message: answer.message() },
-            status if answer.is_busy() => {
-                CreateReply::Busy { status, retry_after: answer.retry_after(self.now()) }
-            }
-            status => CreateReply::Unexpected { status, message: answer.message() },
-        })
-    }
-
     /// Deletes a whole runner. Only for those that a registration token made: others may have more
     /// runner managers than this one.
     pub async fn unregister_runner(&self, token: &Secret) -> Result<UnregisterReply, Error> {
@@ -417,7 +328,7 @@ impl Client {
         })
     }
 
-    fn credentials(&self, answer: Answer) -> Result<Credentials, Error> {
+    pub(super) fn credentials(&self, answer: Answer) -> Result<Credentials, Error> {
         let (call, status) = (answer.call.clone(), answer.status);
         let said: RunnerAnswer = answer.json()?;
         if said.token.expose().is_empty() {

@@ -1,5 +1,6 @@
 //! One HTTP call: headers, timeouts, redirects, sizes. Knows nothing of jobs and runners.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -20,10 +21,10 @@ use super::tls;
 use super::wire::Secret;
 use super::{ClientOptions, Timeouts};
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// As many as Go's client follows, so as many as the official runner does.
-const MAX_REDIRECTS: usize = 10;
+pub(super) const MAX_REDIRECTS: usize = 10;
 
 /// Enough for any answer but a job.
 pub(super) const SMALL_ANSWER: usize = 64 * 1024;
@@ -45,7 +46,7 @@ pub(super) enum Credential<'a> {
 pub(super) struct Ask<'a> {
     method: Method,
     path: &'a str,
-    query: Option<&'static str>,
+    query: Option<Cow<'static, str>>,
     credential: Credential<'a>,
     headers: HeaderMap,
     body: Bytes,
@@ -79,15 +80,19 @@ impl<'a> Ask<'a> {
         body: Bytes,
         timeouts: &Timeouts,
     ) -> Self {
-        let mut headers = HeaderMap::with_capacity(8);
-        headers.insert(CONTENT_TYPE, content_type);
+        let ask = Self { body, ..Self::bare(method, path, timeouts) };
+        ask.header(CONTENT_TYPE, content_type)
+    }
+
+    /// A call without a body.
+    pub(super) fn bare(method: Method, path: &'a str, timeouts: &Timeouts) -> Self {
         Self {
             method,
             path,
             query: None,
             credential: Credential::Nobody,
-            headers,
-            body,
+            headers: HeaderMap::with_capacity(8),
+            body: Bytes::new(),
             head: timeouts.call,
             total: timeouts.call,
             limit: SMALL_ANSWER,
@@ -99,8 +104,8 @@ impl<'a> Ask<'a> {
         self
     }
 
-    pub(super) fn query(mut self, query: &'static str) -> Self {
-        self.query = Some(query);
+    pub(super) fn query(mut self, query: impl Into<Cow<'static, str>>) -> Self {
+        self.query = Some(query.into());
         self
     }
 
@@ -168,6 +173,14 @@ impl Transport {
         &self.options
     }
 
+    pub(super) fn base(&self) -> &Url {
+        &self.base
+    }
+
+    pub(super) fn next_request_id(&self) -> String {
+        self.request_ids.next()
+    }
+
     pub(super) fn ca_pem(&self) -> Option<Arc<str>> {
         self.fresh.read().unwrap_or_else(PoisonError::into_inner).ca_pem.clone()
     }
@@ -175,7 +188,7 @@ impl Transport {
     /// Gives the connections, new ones if the old ones served long enough: certificates, their
     /// files and load balancers change under a daemon that runs for months. Calls in flight end
     /// on the old ones.
-    fn http(&self) -> reqwest::Client {
+    pub(super) fn http(&self) -> reqwest::Client {
         let (http, age) = {
             let fresh = self.fresh.read().unwrap_or_else(PoisonError::into_inner);
             (fresh.http.clone(), fresh.since.elapsed())
@@ -205,7 +218,7 @@ impl Transport {
         renewed
     }
 
-    fn url(&self, path: &str, query: Option<&str>) -> Url {
+    pub(super) fn url(&self, path: &str, query: Option<&str>) -> Url {
         let mut url = self.base.clone();
         let mut full = String::with_capacity(self.base.path().len() + path.len());
         full.push_str(self.base.path());
@@ -220,7 +233,8 @@ impl Transport {
         let started = Instant::now();
         let deadline = started + ask.total;
         let request_id = self.request_ids.next();
-        let mut call = Call { method: ask.method, url: self.url(ask.path, ask.query), request_id };
+        let mut call =
+            Call { method: ask.method, url: self.url(ask.path, ask.query.as_deref()), request_id };
         let mut headers = ask.headers;
         match (header_of(ask.credential), HeaderValue::from_str(&call.request_id)) {
             (Ok(credential), Ok(id)) => {
@@ -270,7 +284,7 @@ impl Transport {
 
     /// Reads the body as far as it comes. That it did not come whole is the answer's `fault`, not
     /// an error: status and headers already say most, and half a job still names its id.
-    async fn read(
+    pub(super) async fn read(
         &self,
         call: Call,
         mut response: reqwest::Response,
@@ -325,7 +339,7 @@ impl Transport {
 
 /// Says whether `to` is the server that was configured. Its encrypted front is another one: the
 /// token has then travelled in the clear already, and the operator must know.
-fn same_server(from: &Url, to: &Url) -> bool {
+pub(super) fn same_server(from: &Url, to: &Url) -> bool {
     from.origin() == to.origin() && to.username().is_empty() && to.password().is_none()
 }
 
@@ -352,7 +366,7 @@ fn api_base(url: &Url) -> Result<Url, Error> {
     Ok(base)
 }
 
-fn header_of(
+pub(super) fn header_of(
     credential: Credential<'_>,
 ) -> Result<Option<(HeaderName, HeaderValue)>, InvalidHeaderValue> {
     let (name, token) = match credential {
@@ -367,7 +381,7 @@ fn header_of(
     Ok(Some((name, value)))
 }
 
-fn transport_cause(error: reqwest::Error) -> Cause {
+pub(super) fn transport_cause(error: reqwest::Error) -> Cause {
     let error = error.without_url();
     if error.is_connect() {
         Cause::NoConnection(error)
@@ -378,7 +392,7 @@ fn transport_cause(error: reqwest::Error) -> Cause {
     }
 }
 
-fn named_request_id(headers: &HeaderMap) -> Option<String> {
+pub(super) fn named_request_id(headers: &HeaderMap) -> Option<String> {
     let id = headers.get(REQUEST_ID)?.to_str().ok()?.trim();
     (!id.is_empty() && id.len() <= 128).then(|| id.to_owned())
 }

@@ -83,9 +83,9 @@ pub struct JobPayload {
     pub hooks: Vec<Hook>,
     /// The image the job asks for.
     pub image: Option<Image>,
-    /// The services the job asks for, undecoded.
+    /// The services the job asks for.
     #[serde(deserialize_with = "nullable")]
-    pub services: Vec<serde_json::Value>,
+    pub services: Vec<Image>,
     /// Archives to upload.
     #[serde(deserialize_with = "nullable")]
     pub artifacts: Vec<Artifact>,
@@ -226,13 +226,67 @@ pub struct Hook {
     pub script: Vec<String>,
 }
 
-/// `image`.
+/// `image`, or one entry of `services`.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Image {
     /// The image's name, unexpanded.
     #[serde(deserialize_with = "nullable")]
     pub name: String,
+    /// A service's names on the network, with spaces or commas between them.
+    #[serde(deserialize_with = "nullable")]
+    pub alias: String,
+    /// What runs in place of the image's own entry point.
+    #[serde(deserialize_with = "nullable")]
+    pub entrypoint: Vec<String>,
+    /// A service's command.
+    #[serde(deserialize_with = "nullable")]
+    pub command: Vec<String>,
+    /// When the image is fetched anew; the first that is allowed counts.
+    #[serde(deserialize_with = "nullable")]
+    pub pull_policy: Vec<String>,
+    /// A service's own variables.
+    #[serde(deserialize_with = "nullable")]
+    pub variables: Vec<Variable>,
+    /// What concerns single kinds of containers.
+    #[serde(deserialize_with = "nullable")]
+    pub executor_opts: ExecutorOptions,
+}
+
+/// `executor_opts` of an image or a service.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct ExecutorOptions {
+    /// For Docker and its like.
+    #[serde(deserialize_with = "nullable")]
+    pub docker: ContainerOptions,
+    /// For Kubernetes.
+    #[serde(deserialize_with = "nullable")]
+    pub kubernetes: ContainerOptions,
+}
+
+/// One entry of `executor_opts`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct ContainerOptions {
+    /// The platform, as in `linux/arm64`; Docker only.
+    #[serde(deserialize_with = "nullable")]
+    pub platform: String,
+    /// The user within, a name or a number.
+    #[serde(deserialize_with = "text_or_number")]
+    pub user: String,
+}
+
+/// Reads a text that may come as a number.
+fn text_or_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    Ok(match serde_json::Value::deserialize(deserializer)? {
+        serde_json::Value::String(text) => text,
+        serde_json::Value::Number(number) => number.to_string(),
+        serde_json::Value::Null
+        | serde_json::Value::Bool(_)
+        | serde_json::Value::Array(_)
+        | serde_json::Value::Object(_) => String::new(),
+    })
 }
 
 /// One entry of `artifacts`.
@@ -399,6 +453,27 @@ mod tests {
         assert_eq!(payload.timeout_secs(), 7200);
         assert_eq!(payload.variables[0].value.expose(), "");
         assert!(payload.steps.is_empty());
+    }
+
+    #[test]
+    fn an_image_comes_with_all_its_options() {
+        let payload: JobPayload = serde_json::from_str(
+            r#"{"image":{"name":"a","entrypoint":null,"ports":[],"pull_policy":["always"],
+                "executor_opts":{"docker":{"platform":"linux/arm64","user":1000},
+                "kubernetes":{"user":"me"},"new":{}}},
+                "services":[{"name":"b","alias":"x,y","command":["z"],"executor_opts":{}},
+                {"name":"c","executor_opts":{"docker":{"user":null}}}]}"#,
+        )
+        .unwrap();
+        let image = payload.image.unwrap();
+        assert_eq!(
+            (image.name.as_str(), image.pull_policy.as_slice()),
+            ("a", &["always".into()][..])
+        );
+        assert_eq!(image.executor_opts.docker.platform, "linux/arm64");
+        assert_eq!(image.executor_opts.docker.user, "1000");
+        assert_eq!(image.executor_opts.kubernetes.user, "me");
+        assert_eq!((payload.services.len(), payload.services[0].alias.as_str()), (2, "x,y"));
     }
 
     #[test]

@@ -4,16 +4,21 @@
 //! a process gets an environment built up from nothing, closed standard input, a process group of its
 //! own that does not outlive it, and a bound on what it may say.
 
+use std::ffi::OsStr;
 use std::fs;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
 
 use camino::{Utf8Path, Utf8PathBuf};
+use rustix::fs::OFlags;
 use rustix::process::{Pid, Signal};
+use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 
@@ -100,6 +105,19 @@ pub(super) async fn remove(path: &Utf8Path) -> Result<(), HandsError> {
     .await
 }
 
+/// Removes what has this clean name below a directory, unless a link leads there.
+pub(super) async fn remove_within(root: &Utf8Path, name: &str) -> Result<(), HandsError> {
+    let mut path = root.to_owned();
+    let mut parts = name.split('/').peekable();
+    while let Some(part) = parts.next() {
+        path.push(part);
+        if parts.peek().is_some() && !is_dir(&path).await? {
+            return Ok(());
+        }
+    }
+    remove(&path).await
+}
+
 fn remove_now(path: &Utf8Path) -> io::Result<()> {
     let result = match fs::symlink_metadata(path) {
         Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
@@ -137,6 +155,108 @@ pub(super) async fn write_private(path: &Utf8Path, content: Secret) -> Result<()
         file.write_all(content.expose().as_bytes())
     })
     .await
+}
+
+/// A file of ours on its way to its name: without [`Draft::keep`] it is removed.
+#[derive(Debug)]
+pub(super) struct Draft {
+    path: Utf8PathBuf,
+}
+
+impl Draft {
+    /// Makes a new file that only its owner may read; whatever had the name is removed first.
+    pub(super) async fn create(path: &Utf8Path) -> Result<(Self, fs::File), HandsError> {
+        let draft = Self { path: path.to_owned() };
+        let file = blocking("make the file", path, |path| {
+            remove_now(path)?;
+            fs::OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
+        })
+        .await?;
+        Ok((draft, file))
+    }
+
+    /// Names a file that somebody else writes.
+    pub(super) fn at(path: Utf8PathBuf) -> Self {
+        Self { path }
+    }
+
+    /// Gives the file its name, once its bytes are on the disk.
+    pub(super) async fn keep(self, file: fs::File, path: &Utf8Path) -> Result<(), HandsError> {
+        let (from, to) = (self.path.clone(), path.to_owned());
+        blocking("keep", path, move |_| {
+            file.sync_all()?;
+            fs::rename(&from, &to)?;
+            match to.parent() {
+                Some(dir) => fs::File::open(dir)?.sync_all(),
+                None => Ok(()),
+            }
+        })
+        .await
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if let Err(error) = remove_now(&self.path) {
+            tracing::warn!(path = %self.path, %error, "temporary file not removed");
+        }
+    }
+}
+
+/// Opens a file of ours to read it.
+pub(super) async fn open(path: &Utf8Path) -> Result<fs::File, HandsError> {
+    blocking("open", path, |path| fs::File::open(path)).await
+}
+
+/// Reads a regular file up to a length; nothing if it is not there. What a job put in its place, a
+/// link or a pipe, counts as not there.
+pub(super) async fn read_regular(
+    path: &Utf8Path,
+    most: u64,
+) -> Result<Option<Vec<u8>>, HandsError> {
+    blocking("read", path, move |path| {
+        if !existing(path, fs::Metadata::is_file)? {
+            return Ok(None);
+        }
+        let nofollow = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let flags = i32::try_from(nofollow.bits()).map_err(io::Error::other)?;
+        let file = fs::OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+        let mut content = Vec::new();
+        file.take(most).read_to_end(&mut content)?;
+        Ok(Some(content))
+    })
+    .await
+}
+
+/// Writes a new file into the checkout, which others may read as they may read its neighbours.
+pub(super) async fn write_shared(path: &Utf8Path, content: Vec<u8>) -> Result<(), HandsError> {
+    blocking("write", path, move |path| {
+        remove_now(path)?;
+        let mut file =
+            fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)?;
+        file.write_all(&content)
+    })
+    .await
+}
+
+/// Computes SHA-256 of a regular file below a directory; `None` if it is none any more.
+pub(super) fn digest(root: &Utf8Path, name: &[u8], stop: &AtomicBool) -> Option<String> {
+    let path = root.as_std_path().join(OsStr::from_bytes(name));
+    let flags = i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits()).ok()?;
+    let mut file = fs::OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 128 * 1024];
+    loop {
+        let len = file.read(&mut buffer).ok()?;
+        if len == 0 {
+            break;
+        }
+        hasher.update(buffer.get(..len)?);
+        if stop.load(Ordering::Relaxed) {
+            return None;
+        }
+    }
+    Some(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Says whether this is a directory, and no link to one.
@@ -185,6 +305,155 @@ pub(super) async fn remove_below(dir: &Utf8Path, suffix: &'static str) -> Result
     .await
 }
 
+/// What an entry of a directory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Dir,
+    File,
+    /// A link or something stranger.
+    Other,
+}
+
+/// Lists a directory; one that is not there is empty. Names that are not UTF-8 are left out.
+pub(super) async fn entries(dir: &Utf8Path) -> Result<Vec<(String, Kind)>, HandsError> {
+    blocking("list", dir, |dir| {
+        let entries = match fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                return Ok(Vec::new());
+            }
+            Err(error) => return Err(error),
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            let kind = entry.file_type()?;
+            let kind = if kind.is_dir() {
+                Kind::Dir
+            } else if kind.is_file() {
+                Kind::File
+            } else {
+                Kind::Other
+            };
+            if let Ok(name) = entry.file_name().into_string() {
+                found.push((name, kind));
+            }
+        }
+        Ok(found)
+    })
+    .await
+}
+
+/// Removes the links that lie directly in a directory.
+pub(super) async fn remove_links(dir: &Utf8Path) -> Result<(), HandsError> {
+    for (name, kind) in entries(dir).await? {
+        if kind == Kind::Other {
+            remove(&dir.join(name)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads a regular file, and no link to one; `None` if there is none, or if it is larger than `most`.
+pub(super) async fn read(path: &Utf8Path, most: u64) -> Result<Option<Vec<u8>>, HandsError> {
+    blocking("read", path, move |path| {
+        if !existing(path, |meta| meta.is_file() && meta.len() <= most)? {
+            return Ok(None);
+        }
+        match fs::read(path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    })
+    .await
+}
+
+/// Says where a path really is: the links of the part that exists are followed.
+pub(super) async fn really(path: &Utf8Path) -> Result<Utf8PathBuf, HandsError> {
+    blocking("follow", path, |path| {
+        for existing in path.ancestors() {
+            match existing.canonicalize_utf8() {
+                Ok(real) => {
+                    let rest = path.strip_prefix(existing).map_err(io::Error::other)?;
+                    return Ok(if rest.as_str().is_empty() { real } else { real.join(rest) });
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(path.to_owned())
+    })
+    .await
+}
+
+/// Makes a file, or makes it younger, and gives the time that the file system then says.
+pub(super) async fn touch(path: &Utf8Path) -> Result<SystemTime, HandsError> {
+    blocking("touch", path, |path| {
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(path)?;
+        file.write_all(b"\n")?;
+        file.metadata()?.modified()
+    })
+    .await
+}
+
+/// Says when a file or directory was last written to; `None` if it is not there.
+pub(super) async fn modified(path: &Utf8Path) -> Result<Option<SystemTime>, HandsError> {
+    blocking("look at", path, |path| match fs::symlink_metadata(path) {
+        Ok(meta) => meta.modified().map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    })
+    .await
+}
+
+/// How a lock is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// With others.
+    Together,
+    /// By nobody else.
+    Alone,
+}
+
+/// A lock among processes; the kernel lets go of it with the file, even when we are killed.
+#[derive(Debug)]
+pub(super) struct Held {
+    _file: fs::File,
+}
+
+/// Takes a lock if that can be done at once.
+pub(super) async fn try_hold(path: &Utf8Path, hold: Hold) -> Result<Option<Held>, HandsError> {
+    blocking("lock", path, move |path| {
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)?;
+        let taken = match hold {
+            Hold::Together => file.try_lock_shared(),
+            Hold::Alone => file.try_lock(),
+        };
+        match taken {
+            Ok(()) => Ok(Some(Held { _file: file })),
+            Err(fs::TryLockError::WouldBlock) => Ok(None),
+            Err(fs::TryLockError::Error(error)) => Err(error),
+        }
+    })
+    .await
+}
+
 /// One process on the submit node.
 #[derive(Debug)]
 pub(super) struct Call {
@@ -195,6 +464,107 @@ pub(super) struct Call {
     pub(super) dir: Utf8PathBuf,
     /// A file to read from.
     pub(super) input: Option<Utf8PathBuf>,
+}
+
+/// Runs a process to its end, keeps up to `most` bytes of what it writes, and passes on what it complains
+/// about. Gives its exit code as [`run`] does.
+///
+/// Dropping the future kills the process and its group.
+pub(super) async fn capture(
+    call: Call,
+    into: &mut Vec<u8>,
+    most: usize,
+    out: &mut (dyn Output + Send),
+) -> Result<i32, HandsError> {
+    let program = call.program;
+    let failed = |source| HandsError { action: "run", subject: program.to_owned(), source };
+    let mut child = tokio::process::Command::new(program)
+        .args(&call.args)
+        .env_clear()
+        .envs(INHERITED.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
+        .envs(call.env.iter().map(|(name, value)| (name, value.expose())))
+        .current_dir(&call.dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(failed)?;
+    let group = Group::of(&child);
+    let (Some(mut output), Some(mut errors)) = (child.stdout.take(), child.stderr.take()) else {
+        return Err(failed(io::Error::other("no pipes")));
+    };
+    let mut complaints = Vec::new();
+    // Both to their ends: a process that nobody listens to would wait for ever.
+    let (kept, heard) =
+        tokio::join!(keep(&mut output, into, most), keep(&mut errors, &mut complaints, LOUDEST));
+    kept.and(heard).map_err(failed)?;
+    let status = child.wait().await.map_err(failed)?;
+    drop(group);
+    if !complaints.is_empty() {
+        out.bytes(&complaints);
+    }
+    Ok(exit_code(status))
+}
+
+/// Reads to the end and keeps the beginning.
+async fn keep(
+    from: &mut (impl tokio::io::AsyncRead + Unpin),
+    into: &mut Vec<u8>,
+    most: usize,
+) -> io::Result<()> {
+    let mut buffer = vec![0_u8; 64 * 1024];
+    loop {
+        let len = from.read(&mut buffer).await?;
+        if len == 0 {
+            return Ok(());
+        }
+        let room = most.saturating_sub(into.len());
+        into.extend_from_slice(buffer.get(..len.min(room)).unwrap_or_default());
+    }
+}
+
+/// What files were like when they were looked at.
+#[derive(Debug, Default)]
+pub(super) struct Looked {
+    /// The time of the newest file; directories and links have none that counts.
+    pub(super) newest: Option<SystemTime>,
+    /// Names, sizes, modes and targets, digested.
+    pub(super) digest: String,
+}
+
+/// Looks at files below a directory; what is gone by then is not there. It blocks.
+pub(super) fn look_at<'a>(
+    root: &Utf8Path,
+    names: impl Iterator<Item = &'a [u8]>,
+    stop: &AtomicBool,
+) -> io::Result<Looked> {
+    let mut newest = None;
+    let mut digest = Sha256::new();
+    for name in names {
+        if stop.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let path = root.as_std_path().join(OsStr::from_bytes(name));
+        let status = match fs::symlink_metadata(&path) {
+            Ok(status) => status,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        let mode = status.permissions().mode();
+        let size = if status.is_file() { status.len() } else { 0 };
+        digest.update(name);
+        digest.update(format!("\0{mode:o} {size}\0"));
+        if status.is_symlink() {
+            digest.update(fs::read_link(&path)?.as_os_str().as_bytes());
+        }
+        if status.is_file() {
+            newest = newest.max(Some(status.modified()?));
+        }
+    }
+    let digest = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(Looked { newest, digest })
 }
 
 /// Runs a process to its end and gives its exit code; a signal counts as 128 and its number.

@@ -7,8 +7,9 @@
 //!
 //! *On the submit node*, before submission: directories, file variables, sources
 //! ([`Plan::get_sources`]). Compute nodes often have no way out, git burns no core-hours there, and
-//! GitLab is reached from one place. *In the batch job*: the steps and `after_script`, in the script of
-//! [`Plan::spec`]. *On the submit node again*, afterwards: [`Plan::cleanup`].
+//! GitLab is reached from one place; artifacts of earlier jobs too ([`Plan::download_artifacts`]). *In
+//! the batch job*: the steps and `after_script`, in the script of [`Plan::spec`]. *On the submit node
+//! again*, afterwards: artifacts ([`Plan::pack_artifact`]), [`Plan::cleanup`].
 //!
 //! # Pure and impure
 //!
@@ -23,29 +24,44 @@
 //! nowhere else: not in `.git/config`, not in an argument list. [`MaskInputs`] names everything that
 //! must not be seen in the trace.
 
+mod artifacts;
+mod attestation;
+mod cache;
+mod credentials;
+mod dependencies;
+mod expand;
+mod flags;
 mod hands;
+mod inputs;
+mod moa;
 mod paths;
 mod resources;
 mod script;
 mod settings;
 mod sources;
+mod untracked;
 mod variables;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use bridge_backend::{EnvVar, JobSpec, Limits};
 use camino::{Utf8Path, Utf8PathBuf};
 use url::Url;
 
-pub use self::settings::{GitStrategy, Settings};
-pub use self::sources::{Output, StageError, Tone};
+pub use self::artifacts::{AfterUpload, PackedArtifact, Ran, after_upload};
+pub use self::cache::Ended;
+pub use self::credentials::{Login, Registries};
+pub use self::flags::unknown as unknown_flags;
+pub use self::settings::{CacheFormat, CompressionLevel, GitStrategy, Settings, SubmoduleStrategy};
+pub use self::sources::{Output, StageError, Tone, release};
 
 use self::script::Source;
 use self::sources::Repository;
 use self::variables::{CARRIER, Directories, Variables};
-use crate::gitlab::wire::{Hook, JobPayload, Secret};
+use crate::gitlab::wire::{Image, JobPayload, Secret};
 
 /// The shell that runs a job's steps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,6 +71,16 @@ pub enum Shell {
     Bash,
     /// sh.
     Sh,
+}
+
+/// What becomes of a job that asks for containers (`image:`, `services:`), which are not there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Containers {
+    /// It runs without them, and its trace says so.
+    #[default]
+    Ignore,
+    /// It fails at once.
+    Refuse,
 }
 
 /// What a job needs to know of the runner that took it.
@@ -96,10 +122,16 @@ pub struct RunnerContext {
     pub tls_cert_file: Option<Utf8PathBuf>,
     /// A file with its key.
     pub tls_key_file: Option<Utf8PathBuf>,
+    /// Whether jobs may choose their directory with `GIT_CLONE_PATH`.
+    pub custom_build_dir: bool,
+    /// Where and how long mirrors of projects are kept.
+    pub mirrors: Option<Mirrors>,
     /// The most that get_sources may take, repetitions included.
     pub get_sources_timeout: Option<Duration>,
     /// Whether `CI_DEBUG_TRACE` is forbidden.
     pub debug_trace_disabled: bool,
+    /// What becomes of a job that asks for containers.
+    pub containers: Containers,
     /// Feature flags of the configuration; they outrank a job's.
     pub runner_feature_flags: BTreeMap<String, bool>,
 }
@@ -109,6 +141,15 @@ impl fmt::Debug for RunnerContext {
         // Operators put secrets into the environment and into URLs.
         f.debug_struct("RunnerContext").field("name", &self.name).finish_non_exhaustive()
     }
+}
+
+/// Where and how long mirrors of projects are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mirrors {
+    /// The directory; no job may write to it.
+    pub dir: Utf8PathBuf,
+    /// A mirror that no job has used for so long is removed.
+    pub keep: Duration,
 }
 
 /// The smallest numbers that no other running job has.
@@ -123,15 +164,32 @@ pub struct Slot {
 /// Why a job cannot be run, however often it is tried: its author or the operator must act.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unrunnable {
-    /// The job consists of CI steps.
+    /// The job consists of CI steps. They need GitLab's `step-runner` beside the job, and no machine of
+    /// a batch system can be relied on to have it; to find that out there would cost the job its place in
+    /// the queue.
     #[error("this runner does not run CI steps (`run:`); use `script:` instead")]
     RunSteps,
+    /// The job has CI steps and a script.
+    #[error("the `run` and `script` keywords cannot be used together")]
+    RunAndScript,
     /// The job wants secrets of an external provider.
     #[error("this runner does not fetch secrets from external providers (`secrets:`)")]
     Secrets,
-    /// The job's script uses inputs.
-    #[error("this runner does not fill in job inputs (`${{{{ job.inputs.… }}}}`)")]
-    Inputs,
+    /// Inputs cannot be filled in.
+    #[error("failed to interpolate job inputs: {detail}")]
+    Inputs {
+        /// Where and why; without any input's value.
+        detail: String,
+    },
+    /// The job wants containers, and the operator wants no job that does.
+    #[error(
+        "this runner runs jobs without containers and refuses those that ask for one: {wanted}; remove \
+         it or choose another runner by its tags"
+    )]
+    Containers {
+        /// What it asked for.
+        wanted: String,
+    },
     /// One variable is too large for a process.
     #[error(
         "variable {name} is too large to be passed to a process: {bytes} bytes of at most {limit}; \
@@ -175,8 +233,25 @@ pub enum Unrunnable {
         refspec: String,
     },
     /// The job wants another directory.
-    #[error("GIT_CLONE_PATH is not allowed by this runner")]
+    #[error(
+        "GIT_CLONE_PATH is not allowed by this runner; its operator can allow it with `enabled = \
+         true` in [runners.custom_build_dir]"
+    )]
     ClonePath,
+    /// The directory that the job wants is somewhere else.
+    #[error("GIT_CLONE_PATH={path:?} has to be below {builds_dir}")]
+    ClonePathOutside {
+        /// What the job wants.
+        path: String,
+        /// Where it has to be.
+        builds_dir: Utf8PathBuf,
+    },
+    /// The directory that the job wants holds those of other jobs.
+    #[error("GIT_CLONE_PATH={path:?} would hold the directories of other jobs")]
+    ClonePathTooWide {
+        /// What the job wants.
+        path: String,
+    },
     /// No shell can read the script.
     #[error("step {step} contains a NUL byte")]
     NulInScript {
@@ -216,6 +291,8 @@ pub struct Plan {
     pub sections: bool,
     /// GitLab's timeout, which counts from receipt.
     pub timeout: Duration,
+    /// The logins for image registries that the job has.
+    pub registries: Registries,
     label: String,
     script: String,
     options: toml::Table,
@@ -224,6 +301,9 @@ pub struct Plan {
     repository: Option<Repository>,
     hooks: sources::Hooks,
     get_sources_timeout: Duration,
+    transfers: artifacts::Transfers,
+    caches: cache::Caches,
+    git_started: AtomicU32,
     runner: RunnerContext,
 }
 
@@ -243,24 +323,42 @@ impl fmt::Debug for Plan {
 ///
 /// When the job cannot be run at all.
 pub fn plan(payload: &JobPayload, runner: &RunnerContext, slot: Slot) -> Result<Plan, Unrunnable> {
-    if !payload.run.trim().is_empty() {
-        return Err(Unrunnable::RunSteps);
+    plan_at(payload, runner, slot, None)
+}
+
+/// Works out what a job needs whose checkout has its place already: a runner's new token or builds
+/// directory moves no job that is under way.
+///
+/// # Errors
+///
+/// When the job cannot be run at all.
+pub fn plan_at(
+    payload: &JobPayload,
+    runner: &RunnerContext,
+    slot: Slot,
+    workspace: Option<&Utf8Path>,
+) -> Result<Plan, Unrunnable> {
+    if has_steps(&payload.run) {
+        let script = payload.steps.iter().any(|step| !step.script.is_empty());
+        return Err(if script { Unrunnable::RunAndScript } else { Unrunnable::RunSteps });
     }
     if !payload.secrets.is_empty() {
         return Err(Unrunnable::Secrets);
     }
-    check_steps(payload)?;
-
     // The strategy and the flags decide about directories and variables, which hold the directories:
     // so the list is made twice.
     let nowhere = Utf8PathBuf::new();
     let unplaced = Directories { project: &nowhere, temp: &nowhere };
     let first = Variables::of_job(payload, runner, slot, unplaced, &BTreeMap::new()).expanded();
+    let payload = &*inputs::interpolated(payload, &first, runner)?;
+    check_steps(payload)?;
     let (settings, complaints) = Settings::read(&first, payload, runner);
-    if !first.content("GIT_CLONE_PATH").is_empty() {
-        return Err(Unrunnable::ClonePath);
-    }
-    let project_dir = paths::project_dir(payload, runner, slot, settings.git_strategy)?;
+    let strategy = settings.git_strategy;
+    let project_dir = match (workspace, first.content("GIT_CLONE_PATH")) {
+        (Some(workspace), _) => workspace.to_owned(),
+        (None, "") => paths::project_dir(payload, runner, slot, strategy)?,
+        (None, wanted) => paths::clone_path(wanted, payload, runner, slot, strategy)?,
+    };
     let temp_dir = Utf8PathBuf::from(format!("{project_dir}.tmp"));
     let dirs = Directories { project: &project_dir, temp: &temp_dir };
     let variables = Variables::of_job(payload, runner, slot, dirs, &settings.flags).expanded();
@@ -268,7 +366,12 @@ pub fn plan(payload: &JobPayload, runner: &RunnerContext, slot: Slot) -> Result<
     let mut environment = variables.environment(&temp_dir)?;
     let mut warnings = std::mem::take(&mut environment.warnings);
     warnings.extend(complaints);
-    warnings.extend(left_out(payload, &variables));
+    warnings.extend(containers(payload, &variables, runner.containers)?);
+    let (caches, complaints) = cache::Caches::of(payload, runner, &settings, &variables);
+    warnings.extend(complaints);
+    let docker_auth_config = variables.content("DOCKER_AUTH_CONFIG");
+    let (registries, complaint) = Registries::of(docker_auth_config, &payload.credentials);
+    warnings.extend(complaint);
     let repository = if settings.git_strategy.uses_git() {
         Some(Repository::of(payload, runner, &settings, &variables)?)
     } else {
@@ -287,7 +390,7 @@ pub fn plan(payload: &JobPayload, runner: &RunnerContext, slot: Slot) -> Result<
     let timeout = Duration::from_secs(payload.timeout_secs());
     Ok(Plan {
         warnings,
-        mask: mask(payload, &variables, repository.as_ref(), &settings),
+        mask: mask(payload, runner, &variables, repository.as_ref(), &registries, &settings),
         debug_trace: settings.debug_trace,
         timestamps: settings.flag("FF_TIMESTAMPS"),
         sections: payload.features.trace_sections,
@@ -299,13 +402,17 @@ pub fn plan(payload: &JobPayload, runner: &RunnerContext, slot: Slot) -> Result<
         files: environment.files,
         repository,
         hooks: sources::Hooks::of(payload, runner),
+        caches,
         get_sources_timeout: runner
             .get_sources_timeout
             .filter(|limit| !limit.is_zero())
             .map_or(timeout, |limit| limit.min(timeout)),
+        transfers: artifacts::Transfers::of(payload, &variables),
+        git_started: AtomicU32::new(0),
         runner: runner.clone(),
         project_dir,
         temp_dir,
+        registries,
         settings,
     })
 }
@@ -330,63 +437,80 @@ impl Plan {
     }
 }
 
-/// Refuses what no shell can read, and inputs, which would reach the shell unfilled.
+/// Says whether `run` holds any CI step; what cannot be read is taken for some.
+fn has_steps(run: &str) -> bool {
+    let run = run.trim();
+    !run.is_empty()
+        && serde_json::from_str::<Option<Vec<serde::de::IgnoredAny>>>(run)
+            .map_or(true, |steps| steps.is_some_and(|steps| !steps.is_empty()))
+}
+
+/// Refuses what no shell can read.
 fn check_steps(payload: &JobPayload) -> Result<(), Unrunnable> {
-    for step in &payload.steps {
-        if step.script.iter().any(|line| line.contains('\0')) {
-            return Err(Unrunnable::NulInScript { step: step.name.clone() });
-        }
-        let interpolated = matches!(step.name.as_str(), "script" | "after_script");
-        if interpolated
-            && !payload.inputs.is_empty()
-            && step.script.iter().any(|line| line.contains("${{"))
-        {
-            return Err(Unrunnable::Inputs);
-        }
-    }
-    let nul = |hook: &Hook| hook.script.iter().any(|line| line.contains('\0'));
-    match payload.hooks.iter().find(|hook| nul(hook)) {
-        Some(hook) => Err(Unrunnable::NulInScript { step: hook.name.clone() }),
+    let nul = |script: &[String]| script.iter().any(|line| line.contains('\0'));
+    let steps = payload.steps.iter().map(|step| (&step.name, &step.script));
+    let hooks = payload.hooks.iter().map(|hook| (&hook.name, &hook.script));
+    match steps.chain(hooks).find(|(_, script)| nul(script)) {
+        Some((name, _)) => Err(Unrunnable::NulInScript { step: name.clone() }),
         None => Ok(()),
     }
 }
 
-/// Names what the job asks for and does not get.
-fn left_out(payload: &JobPayload, variables: &Variables) -> Option<String> {
-    let submodules = !matches!(variables.content("GIT_SUBMODULE_STRATEGY"), "" | "none");
-    let wanted = [
-        ("image", payload.image.as_ref().is_some_and(|image| !image.name.is_empty())),
-        ("services", !payload.services.is_empty()),
-        ("submodules", submodules),
-        ("cache", !payload.cache.is_empty()),
-        (
-            "artifacts of earlier jobs",
-            payload.dependencies.iter().any(|dependency| dependency.artifacts_file.is_some()),
-        ),
-        ("artifacts", !payload.artifacts.is_empty()),
-    ];
-    let names: Vec<&str> =
-        wanted.into_iter().filter(|(_, wanted)| *wanted).map(|(name, _)| name).collect();
-    (!names.is_empty()).then(|| {
-        format!("this runner does not provide these and leaves them out: {}", names.join(", "))
-    })
+/// Names the containers that the job asks for; none is made.
+fn containers(
+    payload: &JobPayload,
+    variables: &Variables,
+    policy: Containers,
+) -> Result<Option<String>, Unrunnable> {
+    let names = |images: &[Image]| {
+        let names: Vec<String> = images
+            .iter()
+            .filter(|image| !image.name.is_empty())
+            .map(|image| variables.expand(&image.name).escape_debug().take(200).collect())
+            .collect();
+        names.join(", ")
+    };
+    let image = names(payload.image.as_slice());
+    let services = names(&payload.services);
+    let wanted = match (image.is_empty(), services.is_empty()) {
+        (true, true) => return Ok(None),
+        (false, true) => format!("`image: {image}`"),
+        (true, false) => format!("`services: {services}`"),
+        (false, false) => format!("`image: {image}` and `services: {services}`"),
+    };
+    match policy {
+        Containers::Refuse => Err(Unrunnable::Containers { wanted }),
+        Containers::Ignore => Ok(Some(format!(
+            "this runner runs jobs on its machines directly, without containers, and ignores {wanted}"
+        ))),
+    }
 }
 
 /// Collects what must not be seen: also what the official runner leaves to others.
 fn mask(
     payload: &JobPayload,
+    runner: &RunnerContext,
     variables: &Variables,
     repository: Option<&Repository>,
+    registries: &Registries,
     settings: &Settings,
 ) -> MaskInputs {
     let url = Url::parse(payload.git_info.repo_url.expose()).ok();
     let encoded = url.as_ref().and_then(Url::password).unwrap_or_default();
     let mut texts: Vec<&str> = variables.masked().collect();
+    // As they came, too: not everything that prints them expands them first.
+    let masked = payload.variables.iter().filter(|variable| variable.masked);
+    texts.extend(masked.map(|variable| variable.value.expose()));
+    let of_runner = runner.clone_url.as_ref().and_then(Url::password).unwrap_or_default();
+    let of_runner_decoded = paths::percent_decoded(of_runner).unwrap_or_default();
+    texts.extend([of_runner, &of_runner_decoded]);
     texts.push(payload.token.expose());
     texts.push(encoded);
     texts.extend(repository.map(Repository::password));
     texts.extend(payload.credentials.iter().map(|credential| credential.password.expose()));
     texts.extend(payload.dependencies.iter().map(|dependency| dependency.token.expose()));
+    texts.extend(registries.secrets());
+    texts.extend(inputs::sensitive(&payload.inputs));
     let mut seen = std::collections::HashSet::new();
     let phrases = texts
         .into_iter()
@@ -416,7 +540,8 @@ impl MaskInputs {
             .map(|variable| variable.value.expose())
             .chain([payload.token.expose()])
             .chain(payload.credentials.iter().map(|credential| credential.password.expose()))
-            .chain(payload.dependencies.iter().map(|dependency| dependency.token.expose()));
+            .chain(payload.dependencies.iter().map(|dependency| dependency.token.expose()))
+            .chain(inputs::sensitive(&payload.inputs));
         Self {
             phrases: texts
                 .map(str::trim)

@@ -1,6 +1,6 @@
 //! Where a job's checkout lies.
 
-use camino::Utf8PathBuf;
+use camino::{Utf8Component, Utf8Path, Utf8PathBuf};
 
 use super::{GitStrategy, RunnerContext, Slot, Unrunnable};
 use crate::gitlab::wire::JobPayload;
@@ -31,8 +31,39 @@ pub(super) fn project_dir(
         .join(project))
 }
 
+/// Takes the directory that `GIT_CLONE_PATH` asks for.
+///
+/// # Errors
+///
+/// When the runner does not allow it, or when it is not below the builds directory, or when jobs'
+/// directories would lie below it.
+pub(super) fn clone_path(
+    wanted: &str,
+    payload: &JobPayload,
+    runner: &RunnerContext,
+    slot: Slot,
+    strategy: GitStrategy,
+) -> Result<Utf8PathBuf, Unrunnable> {
+    if !runner.custom_build_dir {
+        return Err(Unrunnable::ClonePath);
+    }
+    let odd = wanted.contains(['\0', '\n', '\r']);
+    let parts: Utf8PathBuf = Utf8Path::new(wanted).components().collect();
+    let climbs = parts.components().any(|part| part == Utf8Component::ParentDir);
+    let builds: Utf8PathBuf = runner.builds_dir.components().collect();
+    if odd || climbs || !parts.starts_with(&builds) || parts == builds {
+        return Err(Unrunnable::ClonePathOutside { path: wanted.to_owned(), builds_dir: builds });
+    }
+    // `clone` and `empty` begin by removing it.
+    let usual = project_dir(payload, runner, slot, strategy)?;
+    if usual != parts && usual.starts_with(&parts) {
+        return Err(Unrunnable::ClonePathTooWide { path: wanted.to_owned() });
+    }
+    Ok(parts)
+}
+
 /// Gives the project's path, or `None` where there is no URL and none is needed.
-fn project_path(url: &str, strategy: GitStrategy) -> Result<Option<String>, Unrunnable> {
+pub(super) fn project_path(url: &str, strategy: GitStrategy) -> Result<Option<String>, Unrunnable> {
     let bad = |reason| Err(Unrunnable::Repository { reason });
     if url.is_empty() && !strategy.uses_git() {
         return Ok(None);
@@ -81,7 +112,7 @@ pub(super) fn percent_decoded(text: &str) -> Option<String> {
 }
 
 /// Makes one directory name of a token's beginning.
-fn single_name(text: &str) -> String {
+pub(super) fn single_name(text: &str) -> String {
     let name: String = text.chars().map(|c| if c == '/' || c == '\0' { '_' } else { c }).collect();
     if matches!(name.as_str(), "" | "." | "..") { "runner".to_owned() } else { name }
 }

@@ -124,7 +124,7 @@ impl Source<'_> {
                  signal)\n\
                  _b_status=143 _b_state=canceled\n\
                  if [ -e \"$_b_dir/{CANCELLED_FILE}\" ]; then\n\
-                 _b_warn 'script canceled externally (UI, API)'\n\
+                 _b_warn 'the script was stopped: the job was cancelled or its time was up'\n\
                  else\n\
                  _b_warn \"the batch system told the job to end ($_b_signalled): its time limit, or it had to make room\"\n\
                  fi ;;\n\

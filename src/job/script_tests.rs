@@ -261,6 +261,9 @@ fn exit_codes_are_those_of_the_official_runner() {
         (&["read x || echo no input"], 0, &["no input"]),
         (&["cd /", "pwd"], 0, &["/"]),
         (&["set -C", "echo a >f", "set +C", "echo b >f", "cat f"], 0, &["b"]),
+        (&["exec 2>/dev/null", "sh -c 'kill -HUP $$'", "echo no"], 129, &[]),
+        (&["exec 2>/dev/null", "sh -c 'kill -SEGV $$'", "echo no"], 139, &[]),
+        (&["exit 128"], 128, &[]),
         (&["sh -c 'exit 255'"], 255, &[]),
         (&["exit 300"], 44, &[]),
         (&["trap 'echo bye' EXIT", "exit 9"], 9, &["bye"]),
@@ -464,6 +467,18 @@ fn gitlab_env_carries_variables_to_later_steps() {
 }
 
 #[test]
+fn gitlab_env_reaches_every_later_step_also_after_a_failure() {
+    for outer in OUTERS {
+        let mut job = Job::new(&["echo A=1 >>$GITLAB_ENV"]).on(outer);
+        job.payload
+            .steps
+            .push(step("release", &["echo \"$$A\"", "echo A=2 >>$$GITLAB_ENV", "false"]));
+        let ended = job.after(&["echo \"$A $CI_JOB_STATUS\""]).run();
+        assert_eq!(ended.lines(), ["1", "2 failed"], "{outer:?}: {}", ended.log);
+    }
+}
+
+#[test]
 fn after_script_failures_count_only_when_wanted() {
     let job = |value: &str, script: &str, after: &str| {
         let ended =
@@ -552,7 +567,11 @@ fn a_cancelled_script_ends_and_after_script_still_runs() {
         assert!(ended.result().signalled);
         assert_eq!(ended.result().outcome(), None);
         assert_eq!(ended.lines(), ["up", "status canceled"], "{outer:?}: {}", ended.log);
-        assert!(ended.log.contains("WARNING: script canceled externally (UI, API)"));
+        assert!(
+            ended.log.contains(
+                "WARNING: the script was stopped: the job was cancelled or its time was up"
+            )
+        );
     }
 }
 

@@ -7,24 +7,19 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::RunnerContext;
+use super::flags;
 use super::variables::Variables;
 use crate::gitlab::wire::JobPayload;
 
 /// How long `after_script` may take when nobody says (gitlab-runner, `common/const.go`).
 const AFTER_SCRIPT_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
-/// The feature flags that change something here, with their defaults.
-///
-/// Names and defaults are gitlab-runner's (`helpers/featureflags/flags.go`); a flag that would change
-/// nothing is not listed, and then is an ordinary variable.
-const FLAGS: [(&str, bool); 6] = [
-    ("FF_ENABLE_BASH_EXIT_CODE_CHECK", false),
-    ("FF_ENABLE_JOB_CLEANUP", false),
-    ("FF_MASK_ALL_DEFAULT_TOKENS", true),
-    ("FF_SCRIPT_SECTIONS", false),
-    ("FF_TIMESTAMPS", true),
-    ("FF_USE_EXPONENTIAL_BACKOFF_STAGE_RETRY", true),
-];
+/// How long one request to a cache's store may take when nobody says (gitlab-runner,
+/// `common/consts.go`).
+const CACHE_REQUEST_MINUTES: u64 = 10;
+
+/// The longest that one such request may be given, in minutes.
+const MOST_CACHE_REQUEST_MINUTES: u64 = 120;
 
 /// How the checkout comes to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +53,48 @@ impl GitStrategy {
     }
 }
 
+/// Which submodules are checked out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SubmoduleStrategy {
+    /// None.
+    #[default]
+    None,
+    /// Those of the project.
+    Normal,
+    /// Also those of the submodules.
+    Recursive,
+    /// A word that is none of these; the stage fails with it.
+    Unknown(String),
+}
+
+/// How much time compression may cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CompressionLevel {
+    /// As little as possible.
+    Fastest,
+    /// Little.
+    Fast,
+    /// What the format suggests.
+    #[default]
+    Default,
+    /// Much.
+    Slow,
+    /// As much as it takes.
+    Slowest,
+}
+
+/// The format that a cache is packed in; what is unpacked is known by its content.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheFormat {
+    /// zip with deflate.
+    #[default]
+    Zip,
+    /// zip with zstd.
+    ZipZstd,
+    /// tar in zstd.
+    TarZstd,
+}
+
 /// What a job's variables say about how it is run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -69,8 +106,42 @@ pub struct Settings {
     pub git_clean_flags: Vec<String>,
     /// `GIT_FETCH_EXTRA_FLAGS`.
     pub git_fetch_flags: Vec<String>,
+    /// `GIT_CLONE_EXTRA_FLAGS`.
+    pub git_clone_flags: Vec<String>,
+    /// `GIT_CLONE_PATH`, with its references replaced as far as they are known before the directories.
+    pub git_clone_path: Option<String>,
+    /// `GIT_SUBMODULE_STRATEGY`.
+    pub git_submodule_strategy: SubmoduleStrategy,
+    /// `GIT_SUBMODULE_PATHS`: pathspecs; empty means all.
+    pub git_submodule_paths: Vec<String>,
+    /// `GIT_SUBMODULE_UPDATE_FLAGS`.
+    pub git_submodule_update_flags: Vec<String>,
+    /// `GIT_SUBMODULE_DEPTH`, by default the project's; 0 is everything.
+    pub git_submodule_depth: u32,
+    /// `GIT_SUBMODULE_FORCE_HTTPS`.
+    pub git_submodule_force_https: bool,
+    /// `GIT_LFS_SKIP_SMUDGE`.
+    pub git_lfs_skip_smudge: bool,
     /// `GET_SOURCES_ATTEMPTS`, 1 to 10.
     pub get_sources_attempts: u32,
+    /// `RESTORE_CACHE_ATTEMPTS`, 1 to 10.
+    pub restore_cache_attempts: u32,
+    /// `ARTIFACT_DOWNLOAD_ATTEMPTS`, 1 to 10.
+    pub artifact_download_attempts: u32,
+    /// `CACHE_FALLBACK_KEY`.
+    pub cache_fallback_key: Option<String>,
+    /// `CACHE_COMPRESSION_LEVEL`.
+    pub cache_compression_level: CompressionLevel,
+    /// `CACHE_COMPRESSION_FORMAT`.
+    pub cache_compression_format: CacheFormat,
+    /// `CACHE_REQUEST_TIMEOUT`: the most that one request to a cache's store may take.
+    pub cache_request_timeout: Duration,
+    /// `ARTIFACT_COMPRESSION_LEVEL`.
+    pub artifact_compression_level: CompressionLevel,
+    /// `TRANSFER_METER_FREQUENCY`: how often the progress of a transfer is told; `None` is never.
+    pub transfer_meter: Option<Duration>,
+    /// `RUNNER_GENERATE_ARTIFACTS_METADATA`: a statement of provenance goes with each zip of artifacts.
+    pub artifacts_metadata: bool,
     /// `AFTER_SCRIPT_IGNORE_ERRORS`.
     pub after_script_ignore_errors: bool,
     /// `RUNNER_SCRIPT_TIMEOUT`: all steps but `after_script` together; `None` is no limit.
@@ -84,20 +155,21 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Reads the settings; complaints come back as at most one text.
+    /// Reads the settings; all complaints about values come back as one text, the first.
     pub(super) fn read(
         variables: &Variables,
         payload: &JobPayload,
         runner: &RunnerContext,
-    ) -> (Self, Option<String>) {
+    ) -> (Self, Vec<String>) {
         let mut reader = Reader { variables, complaints: Vec::new() };
         let default_strategy =
             if payload.allow_git_fetch { GitStrategy::Fetch } else { GitStrategy::Clone };
         let git_strategy = reader.strategy(default_strategy);
         let job_timeout = Duration::from_secs(payload.timeout_secs());
+        let flags = flags::read(variables, runner);
         let mut debug_trace = reader.boolean("CI_DEBUG_TRACE", false);
         if debug_trace && runner.debug_trace_disabled {
-            reader.complain("CI_DEBUG_TRACE: this runner does not allow it");
+            reader.complain("CI_DEBUG_TRACE: this runner does not allow it; ignored");
             debug_trace = false;
         }
         let settings = Self {
@@ -105,20 +177,53 @@ impl Settings {
             git_checkout: reader.boolean("GIT_CHECKOUT", true) && git_strategy.uses_git(),
             git_clean_flags: reader.words("GIT_CLEAN_FLAGS", &["-ffdx"]),
             git_fetch_flags: reader.words("GIT_FETCH_EXTRA_FLAGS", &["--prune", "--quiet"]),
+            git_clone_flags: reader.words("GIT_CLONE_EXTRA_FLAGS", &[]),
+            git_clone_path: reader.text("GIT_CLONE_PATH"),
+            git_submodule_strategy: if git_strategy.uses_git() {
+                reader.submodules()
+            } else {
+                SubmoduleStrategy::None
+            },
+            git_submodule_paths: reader.list("GIT_SUBMODULE_PATHS"),
+            git_submodule_update_flags: reader.list("GIT_SUBMODULE_UPDATE_FLAGS"),
+            git_submodule_depth: reader.depth("GIT_SUBMODULE_DEPTH", payload.git_info.depth),
+            git_submodule_force_https: reader.boolean("GIT_SUBMODULE_FORCE_HTTPS", false),
+            git_lfs_skip_smudge: reader.boolean("GIT_LFS_SKIP_SMUDGE", false),
             get_sources_attempts: reader.attempts("GET_SOURCES_ATTEMPTS"),
+            restore_cache_attempts: reader.attempts("RESTORE_CACHE_ATTEMPTS"),
+            artifact_download_attempts: reader.attempts("ARTIFACT_DOWNLOAD_ATTEMPTS"),
+            cache_fallback_key: reader.text("CACHE_FALLBACK_KEY"),
+            cache_compression_level: reader.level("CACHE_COMPRESSION_LEVEL"),
+            cache_compression_format: reader.cache_format(),
+            cache_request_timeout: reader.minutes(
+                "CACHE_REQUEST_TIMEOUT",
+                CACHE_REQUEST_MINUTES,
+                MOST_CACHE_REQUEST_MINUTES,
+            ),
+            artifact_compression_level: reader.level("ARTIFACT_COMPRESSION_LEVEL"),
+            transfer_meter: reader.meter("TRANSFER_METER_FREQUENCY"),
+            artifacts_metadata: reader.boolean("RUNNER_GENERATE_ARTIFACTS_METADATA", false),
             after_script_ignore_errors: reader.boolean("AFTER_SCRIPT_IGNORE_ERRORS", true),
             script_timeout: reader.timeout("RUNNER_SCRIPT_TIMEOUT", job_timeout),
             after_script_timeout: reader
                 .timeout("RUNNER_AFTER_SCRIPT_TIMEOUT", job_timeout)
                 .unwrap_or(AFTER_SCRIPT_TIMEOUT),
             debug_trace,
-            flags: reader.flags(&runner.runner_feature_flags),
+            flags: flags.values,
         };
-        let complaints = reader.complaints;
-        let warning = (!complaints.is_empty()).then(|| {
-            format!("some settings cannot be used as they are: {}", complaints.join("; "))
-        });
-        (settings, warning)
+        reader.provenance();
+        reader.without_effect(runner);
+        let mut complaints = reader.complaints;
+        complaints.extend(flags.complaints);
+        let mut warnings = Vec::new();
+        if !complaints.is_empty() {
+            warnings.push(format!(
+                "some settings cannot be used as they are: {}",
+                complaints.join("; ")
+            ));
+        }
+        warnings.extend(flags.warnings);
+        (settings, warnings)
     }
 
     /// Gives a feature flag; one that is not known is off.
@@ -231,28 +336,150 @@ impl Reader<'_> {
         }
     }
 
-    fn flags(&mut self, runner: &BTreeMap<String, bool>) -> BTreeMap<&'static str, bool> {
-        FLAGS
-            .into_iter()
-            .map(|(name, default)| {
-                let on = match runner.get(name) {
-                    Some(on) => *on,
-                    None => self.boolean(name, default),
-                };
-                (name, on)
+    fn list(&self, name: &str) -> Vec<String> {
+        self.variables.content(name).split_whitespace().map(str::to_owned).collect()
+    }
+
+    fn text(&self, name: &str) -> Option<String> {
+        Some(self.variables.content(name)).filter(|text| !text.is_empty()).map(str::to_owned)
+    }
+
+    fn submodules(&self) -> SubmoduleStrategy {
+        match self.variables.content("GIT_SUBMODULE_STRATEGY") {
+            "" | "none" => SubmoduleStrategy::None,
+            "normal" => SubmoduleStrategy::Normal,
+            "recursive" => SubmoduleStrategy::Recursive,
+            raw => SubmoduleStrategy::Unknown(raw.to_owned()),
+        }
+    }
+
+    fn depth(&mut self, name: &str, default: i64) -> u32 {
+        let raw = self.variables.content(name);
+        let wanted = if raw.is_empty() {
+            default
+        } else {
+            raw.parse().unwrap_or_else(|_| {
+                self.complain(format!("{name}: expected a number, got {}; ignored", shown(raw)));
+                default
             })
-            .collect()
+        };
+        // Less than nothing is no limit, as for git_info.depth.
+        u32::try_from(wanted.max(0)).unwrap_or(u32::MAX)
+    }
+
+    fn level(&mut self, name: &str) -> CompressionLevel {
+        match self.variables.content(name) {
+            "" | "default" => CompressionLevel::Default,
+            "fastest" => CompressionLevel::Fastest,
+            "fast" => CompressionLevel::Fast,
+            "slow" => CompressionLevel::Slow,
+            "slowest" => CompressionLevel::Slowest,
+            raw => {
+                self.complain(format!(
+                    "{name}: expected fastest, fast, default, slow or slowest, got {}; using \
+                     default",
+                    shown(raw)
+                ));
+                CompressionLevel::Default
+            }
+        }
+    }
+
+    fn cache_format(&mut self) -> CacheFormat {
+        const NAME: &str = "CACHE_COMPRESSION_FORMAT";
+        let raw = self.variables.content(NAME);
+        match raw.to_ascii_lowercase().as_str() {
+            "" | "zip" => CacheFormat::Zip,
+            "zipzstd" => CacheFormat::ZipZstd,
+            "tarzstd" => CacheFormat::TarZstd,
+            _ => {
+                self.complain(format!(
+                    "{NAME}: expected zip, zipzstd or tarzstd, got {}; using zip",
+                    shown(raw)
+                ));
+                CacheFormat::Zip
+            }
+        }
+    }
+
+    fn minutes(&mut self, name: &str, default: u64, most: u64) -> Duration {
+        let raw = self.variables.content(name);
+        let minutes = match raw.parse::<i64>() {
+            _ if raw.is_empty() => default,
+            Err(_) => {
+                self.complain(format!(
+                    "{name}: expected a number of minutes, got {}; using {default}",
+                    shown(raw)
+                ));
+                default
+            }
+            Ok(wanted) => match u64::try_from(wanted) {
+                Ok(wanted) if wanted > most => {
+                    self.complain(format!("{name}: {wanted} is too long; using {most} minutes"));
+                    most
+                }
+                Ok(wanted) if wanted > 0 => wanted,
+                Ok(_) | Err(_) => default,
+            },
+        };
+        Duration::from_secs(minutes * 60)
+    }
+
+    fn meter(&mut self, name: &str) -> Option<Duration> {
+        let raw = self.variables.content(name);
+        if raw.is_empty() {
+            return None;
+        }
+        match parse_duration(raw) {
+            None => {
+                self.complain(format!(
+                    "{name}: {} is no duration such as 1h30m or 45s; ignored",
+                    shown(raw)
+                ));
+                None
+            }
+            Some((negative, frequency)) => {
+                let wanted = !negative && !frequency.is_zero();
+                // More often than each second nobody can read, and GitLab need not store.
+                wanted.then(|| frequency.max(Duration::from_secs(1)))
+            }
+        }
+    }
+
+    /// There is one schema that anybody writes.
+    fn provenance(&mut self) {
+        const NAME: &str = "SLSA_PROVENANCE_SCHEMA_VERSION";
+        let raw = self.variables.content(NAME);
+        if !matches!(raw, "" | "v1") {
+            self.complain(format!("{NAME}: expected v1, got {}; using v1", shown(raw)));
+        }
+    }
+
+    /// Names what is asked for and changes nothing here.
+    fn without_effect(&mut self, runner: &RunnerContext) {
+        for name in ["EXECUTOR_JOB_SECTION_ATTEMPTS", "SECRETS_RETRIEVAL_ATTEMPTS"] {
+            if self.attempts(name) > 1 {
+                self.complain(format!("{name}: has no effect on this runner"));
+            }
+        }
+        if self.boolean("CI_DEBUG_SERVICES", false) {
+            self.complain(if runner.debug_trace_disabled {
+                "CI_DEBUG_SERVICES: this runner does not allow it; ignored"
+            } else {
+                "CI_DEBUG_SERVICES: has no effect on this runner, which starts no services"
+            });
+        }
     }
 }
 
 /// Shows a value in a complaint, shortened; quotes make control characters harmless.
-fn shown(value: &str) -> String {
+pub(super) fn shown(value: &str) -> String {
     let short: String = value.chars().take(40).collect();
     format!("{short:?}")
 }
 
 /// Reads a truth value as Go's `strconv.ParseBool`.
-fn parse_bool(text: &str) -> Option<bool> {
+pub(super) fn parse_bool(text: &str) -> Option<bool> {
     match text {
         "1" | "t" | "T" | "TRUE" | "true" | "True" => Some(true),
         "0" | "f" | "F" | "FALSE" | "false" | "False" => Some(false),
@@ -308,142 +535,5 @@ fn parse_duration(text: &str) -> Option<(bool, Duration)> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::tests::{payload, runner};
-    use super::*;
-    use crate::gitlab::wire::Variable;
-
-    fn read(variables: &[(&str, &str)]) -> (Settings, Option<String>) {
-        read_for(variables, &runner())
-    }
-
-    fn read_for(variables: &[(&str, &str)], runner: &RunnerContext) -> (Settings, Option<String>) {
-        let mut payload = payload(&[]);
-        payload.variables = variables
-            .iter()
-            .map(|(key, value)| Variable {
-                key: (*key).into(),
-                value: crate::gitlab::wire::Secret::new(*value),
-                ..Variable::default()
-            })
-            .collect();
-        let plan = super::super::plan(&payload, runner, super::super::Slot::default()).unwrap();
-        let warning = plan.warnings.iter().find(|w| w.starts_with("some settings")).cloned();
-        (plan.settings, warning)
-    }
-
-    #[test]
-    fn durations_are_gos() {
-        let secs = |n: u64| Some((false, Duration::from_secs(n)));
-        for (text, expected) in [
-            ("0", secs(0)),
-            ("-0", secs(0)),
-            ("45s", secs(45)),
-            ("1h30m", secs(5400)),
-            ("1.5h", secs(5400)),
-            (".5m", secs(30)),
-            ("1.s", secs(1)),
-            ("+2m", secs(120)),
-            ("1h1h", secs(7200)),
-            ("1500ms", Some((false, Duration::from_millis(1500)))),
-            ("3µs", Some((false, Duration::from_micros(3)))),
-            ("3us", Some((false, Duration::from_micros(3)))),
-            ("-5s", Some((true, Duration::from_secs(5)))),
-            ("900", None),
-            ("", None),
-            ("-", None),
-            (".s", None),
-            ("1d", None),
-            ("1 h", None),
-            (" 1h", None),
-            ("h", None),
-            ("1.2.3s", None),
-            ("1é", None),
-            ("9999999999h", None),
-        ] {
-            assert_eq!(parse_duration(text), expected, "{text:?}");
-        }
-    }
-
-    #[test]
-    fn defaults_hold_when_nothing_is_said() {
-        let (settings, warning) = read(&[]);
-        assert_eq!(warning, None);
-        assert_eq!(settings.git_strategy, GitStrategy::Clone);
-        assert!(settings.git_checkout && settings.after_script_ignore_errors);
-        assert_eq!(settings.git_clean_flags, ["-ffdx"]);
-        assert_eq!(settings.git_fetch_flags, ["--prune", "--quiet"]);
-        assert_eq!(settings.get_sources_attempts, 1);
-        assert_eq!(settings.script_timeout, None);
-        assert_eq!(settings.after_script_timeout, Duration::from_secs(300));
-        assert!(!settings.debug_trace && settings.flag("FF_TIMESTAMPS"));
-    }
-
-    #[test]
-    fn settings_are_read() {
-        let (settings, warning) = read(&[
-            ("GIT_STRATEGY", "none"),
-            ("GIT_CHECKOUT", "true"),
-            ("GIT_CLEAN_FLAGS", "-ffd  -e cache"),
-            ("GIT_FETCH_EXTRA_FLAGS", "none"),
-            ("GET_SOURCES_ATTEMPTS", "3"),
-            ("AFTER_SCRIPT_IGNORE_ERRORS", "F"),
-            ("RUNNER_SCRIPT_TIMEOUT", "10m"),
-            ("RUNNER_AFTER_SCRIPT_TIMEOUT", "30s"),
-            ("CI_DEBUG_TRACE", "1"),
-            ("FF_TIMESTAMPS", "false"),
-        ]);
-        assert_eq!(warning, None);
-        assert_eq!(settings.git_strategy, GitStrategy::None);
-        assert!(!settings.git_checkout, "nothing to check out without git");
-        assert_eq!(settings.git_clean_flags, ["-ffd", "-e", "cache"]);
-        assert!(settings.git_fetch_flags.is_empty());
-        assert_eq!(settings.get_sources_attempts, 3);
-        assert!(!settings.after_script_ignore_errors);
-        assert_eq!(settings.script_timeout, Some(Duration::from_secs(600)));
-        assert_eq!(settings.after_script_timeout, Duration::from_secs(30));
-        assert!(settings.debug_trace && !settings.flag("FF_TIMESTAMPS"));
-    }
-
-    #[test]
-    fn nonsense_is_the_default_and_one_warning() {
-        let (settings, warning) = read(&[
-            ("GIT_STRATEGY", "pull"),
-            ("GIT_CHECKOUT", "yes"),
-            ("GET_SOURCES_ATTEMPTS", "11"),
-            ("RUNNER_SCRIPT_TIMEOUT", "900"),
-            ("RUNNER_AFTER_SCRIPT_TIMEOUT", "-5s"),
-            ("FF_TIMESTAMPS", "maybe"),
-        ]);
-        let warning = warning.unwrap();
-        for part in ["GIT_STRATEGY", "GIT_CHECKOUT", "using 10", "\"900\"", "negative", "FF_TIME"] {
-            assert!(warning.contains(part), "{part} in {warning}");
-        }
-        assert_eq!(settings.git_strategy, GitStrategy::Clone);
-        assert!(settings.git_checkout);
-        assert_eq!(settings.get_sources_attempts, 10);
-        assert_eq!(settings.script_timeout, None);
-        assert_eq!(settings.after_script_timeout, Duration::from_secs(300));
-    }
-
-    #[test]
-    fn the_runner_outranks_the_job() {
-        let mut runner = runner();
-        runner.debug_trace_disabled = true;
-        runner.runner_feature_flags.insert("FF_TIMESTAMPS".into(), false);
-        let (settings, warning) =
-            read_for(&[("CI_DEBUG_TRACE", "true"), ("FF_TIMESTAMPS", "true")], &runner);
-        assert!(!settings.debug_trace && !settings.flag("FF_TIMESTAMPS"));
-        assert!(warning.unwrap().contains("CI_DEBUG_TRACE"));
-    }
-
-    #[test]
-    fn pauses_double_up_to_five_minutes() {
-        let (mut settings, _) = read(&[]);
-        let pauses: Vec<u64> =
-            [2, 3, 4, 5, 8, 9, 10].map(|n| settings.pause_before(n).as_secs()).into();
-        assert_eq!(pauses, [5, 10, 20, 40, 300, 300, 300]);
-        settings.flags.insert("FF_USE_EXPONENTIAL_BACKOFF_STAGE_RETRY", false);
-        assert_eq!(settings.pause_before(2), Duration::ZERO);
-    }
-}
+#[path = "settings_tests.rs"]
+mod tests;

@@ -1,7 +1,7 @@
 //! What a plan is, as a whole; and the payloads that the tests beside the other files start from.
 
 use super::*;
-use crate::gitlab::wire::{Credential, Dependency, Image, Step, Variable};
+use crate::gitlab::wire::{Credential, Dependency, Step, Variable};
 use secrecy::ExposeSecret as _;
 
 pub(super) const SHA: &str = "1f0e9d8c7b6a59483726150493827160a5b4c3d2";
@@ -26,8 +26,11 @@ pub(super) fn runner() -> RunnerContext {
         tls_ca_file: None,
         tls_cert_file: None,
         tls_key_file: None,
+        custom_build_dir: false,
+        mirrors: None,
         get_sources_timeout: None,
         debug_trace_disabled: false,
+        containers: Containers::Ignore,
         runner_feature_flags: BTreeMap::new(),
     }
 }
@@ -81,7 +84,7 @@ fn the_list_has_the_official_order() {
         ("OUT", "$CI_PROJECT_DIR/out"),
         ("BOTH", "job again"),
     ]);
-    payload.image = Some(Image { name: "debian:$V".into() });
+    payload.image = Some(Image { name: "debian:$V".into(), ..Image::default() });
     payload.runner_info.timeout = 3600;
     let slot = Slot { concurrent: 4, project: 1 };
     let plan = plan(&payload, &runner, slot).unwrap();
@@ -133,12 +136,18 @@ fn jobs_that_cannot_be_run_say_why_in_one_sentence() {
     let mut secrets = payload(&[]);
     secrets.secrets.insert("S".into(), serde_json::json!({"vault": {}}));
     assert!(why(&secrets).contains("secrets"));
-    let mut inputs = payload(&[]);
-    inputs.inputs = vec![serde_json::json!({"key": "a"})];
-    inputs.steps = vec![step("script", &["echo ${{ job.inputs.a }}"])];
-    assert!(why(&inputs).contains("${{ job.inputs"));
-    inputs.steps = vec![step("script", &["echo plain"])];
-    assert!(plan(&inputs, &runner(), Slot::default()).is_ok());
+    run.steps = vec![step("script", &[])];
+    assert!(why(&run).contains("`run:`"), "a step of no lines is none");
+    run.steps = vec![step("after_script", &["true"])];
+    assert!(why(&run).contains("cannot be used together"));
+    for nothing in ["", " ", "[]", "null"] {
+        run.run = nothing.into();
+        assert!(plan(&run, &runner(), Slot::default()).is_ok(), "{nothing:?}");
+    }
+    for odd in ["{}", "[", "x"] {
+        run.run = odd.into();
+        assert!(plan(&run, &runner(), Slot::default()).is_err(), "{odd:?}");
+    }
     let mut nul = payload(&[]);
     nul.steps = vec![step("script", &["echo a\0b"])];
     assert!(why(&nul).contains("NUL"));
@@ -157,12 +166,37 @@ fn jobs_that_cannot_be_run_say_why_in_one_sentence() {
 
 #[test]
 fn what_is_left_out_is_said() {
-    let mut payload = payload(&[("A-B", "x"), ("GIT_SUBMODULE_STRATEGY", "normal")]);
-    payload.image = Some(Image { name: "debian".into() });
-    payload.services = vec![serde_json::json!({})];
+    let payload = payload(&[("A-B", "x"), ("GIT_SUBMODULE_STRATEGY", "normal")]);
     let warnings = plan(&payload, &runner(), Slot::default()).unwrap().warnings.join("\n");
     assert!(warnings.contains("\"A-B\""), "{warnings}");
-    assert!(warnings.contains("image, services, submodules"), "{warnings}");
+    assert!(!warnings.contains("submodules"), "{warnings}");
+}
+
+#[test]
+fn images_and_services_are_ignored_with_a_word_or_refused_with_a_reason() {
+    let named = |name: &str| Image { name: name.into(), ..Image::default() };
+    let mut refusing = runner();
+    refusing.containers = Containers::Refuse;
+    let mut payload = payload(&[("V", "12")]);
+    payload.image = Some(Image::default());
+    let without = plan(&payload, &refusing, Slot::default()).unwrap();
+    assert!(without.warnings.is_empty(), "an image without a name is none");
+    let both = "`image: debian:12` and `services: postgres, redis:12`";
+    for (image, services, wanted) in [
+        (Some("debian:$V"), vec![], "`image: debian:12`"),
+        (None, vec!["postgres"], "`services: postgres`"),
+        (Some("debian:$V"), vec!["postgres", "redis:${V}"], both),
+        (Some("a\nb"), vec![], "`image: a\\nb`"),
+    ] {
+        payload.image = image.map(named);
+        payload.services = services.into_iter().map(named).collect();
+        let warnings = plan(&payload, &runner(), Slot::default()).unwrap().warnings;
+        let [warning] = warnings.as_slice() else { panic!("{warnings:?}") };
+        assert!(warning.ends_with(&format!("ignores {wanted}")), "{warning}");
+        let refusal = plan(&payload, &refusing, Slot::default()).unwrap_err();
+        assert_eq!(refusal, Unrunnable::Containers { wanted: wanted.into() });
+        assert!(refusal.to_string().contains("without containers"));
+    }
 }
 
 #[test]
@@ -190,6 +224,7 @@ fn everything_secret_is_masked() {
         "dependency",
         "glcbt-token",
         "hidden again",
+        "hidden-$D",
         "hidden-x",
         "p%40ss",
         "p@ss",
@@ -227,4 +262,26 @@ fn the_same_input_gives_the_same_plan() {
         (spec.script, env, spec.options)
     };
     assert_eq!(spec(), spec());
+}
+
+#[test]
+fn what_steps_say_of_time_and_failure_is_the_servers_matter() {
+    let script = |extra: &str| {
+        let mut payload = payload(&[]);
+        payload.steps = serde_json::from_str(&format!(
+            r#"[{{"name": "script", "script": ["true"] {extra}}},
+                {{"name": "release", "script": ["true"] {extra}}},
+                {{"name": "after_script", "script": ["true"] {extra}}}]"#
+        ))
+        .unwrap();
+        plan(&payload, &runner(), Slot::default()).unwrap().spec(None).script
+    };
+    let plain = script("");
+    for extra in [
+        r#", "when": "on_failure", "allow_failure": true, "timeout": 1"#,
+        r#", "when": "never", "allow_failure": false, "timeout": 0"#,
+        r#", "when": null, "allow_failure": null, "timeout": null"#,
+    ] {
+        assert_eq!(script(extra), plain, "{extra}");
+    }
 }

@@ -51,6 +51,12 @@ impl Entry {
         Self { key: key.into(), value: value.into(), file: false, raw: false, masked: false }
     }
 
+    /// Makes an ordinary entry.
+    #[cfg(test)]
+    pub(super) fn plain(key: &str, value: &str) -> Self {
+        Self::new(key, value)
+    }
+
     fn raw(key: impl Into<String>, value: impl Into<String>) -> Self {
         Self { raw: true, ..Self::new(key, value) }
     }

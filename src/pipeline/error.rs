@@ -64,27 +64,72 @@ impl fmt::Display for Listed<'_> {
     }
 }
 
-/// Collects what is found while a file is read, so that all of it can be told at once.
+/// Collects what is found while files are read, so that all of it can be told at once.
+///
+/// A pipeline's files are numbered through: a file's lines begin behind those of the files before
+/// it, so that one number names both a file and a line of it.
 #[derive(Debug)]
 pub(super) struct Findings {
-    file: String,
+    files: Vec<Numbered>,
     ignore_unknown: bool,
-    problems: Vec<Problem>,
-    notes: Vec<Problem>,
+    incomplete: bool,
+    problems: Vec<(usize, Problem)>,
+    notes: Vec<(usize, Problem)>,
+    remarks: Vec<Remark>,
+}
+
+/// A file and how many lines are numbered before it.
+#[derive(Debug)]
+struct Numbered {
+    name: String,
+    base: usize,
+    lines: usize,
+}
+
+/// Something that is noted once, however often it occurs.
+#[derive(Debug)]
+struct Remark {
+    topic: &'static str,
+    line: usize,
+    message: String,
+    places: usize,
 }
 
 impl Findings {
-    pub(super) fn new(file: &str, ignore_unknown: bool) -> Self {
-        Self { file: file.to_owned(), ignore_unknown, problems: Vec::new(), notes: Vec::new() }
+    pub(super) fn new(ignore_unknown: bool) -> Self {
+        Self {
+            files: Vec::new(),
+            ignore_unknown,
+            incomplete: false,
+            problems: Vec::new(),
+            notes: Vec::new(),
+            remarks: Vec::new(),
+        }
+    }
+
+    /// Begins a file; gives what is to be added to its lines.
+    pub(super) fn open(&mut self, name: &str, text: &str) -> usize {
+        let base = self.files.last().map_or(0, |file| file.base + file.lines);
+        // One more than there are, for what is wrong behind the last line.
+        let lines = text.lines().count() + 2;
+        self.files.push(Numbered { name: name.to_owned(), base, lines });
+        base
+    }
+
+    /// Gives file and line for a number.
+    pub(super) fn place(&self, line: usize) -> (&str, usize) {
+        let file = self.files.iter().rev().find(|file| file.base < line);
+        file.map_or(("", line), |file| (file.name.as_str(), line - file.base))
     }
 
     fn make(&self, line: usize, job: Option<&str>, message: String) -> Problem {
-        Problem { file: self.file.clone(), line, job: job.map(str::to_owned), message }
+        let (file, line) = self.place(line);
+        Problem { file: file.to_owned(), line, job: job.map(str::to_owned), message }
     }
 
     /// Notes something that makes the pipeline impossible.
     pub(super) fn problem(&mut self, line: usize, job: Option<&str>, message: impl Into<String>) {
-        let problem = self.make(line, job, message.into());
+        let problem = (line, self.make(line, job, message.into()));
         // Jobs that share a faulty piece through an anchor or a default would each repeat it.
         if !self.problems.contains(&problem) {
             self.problems.push(problem);
@@ -93,10 +138,50 @@ impl Findings {
 
     /// Notes something the user should know and that changes nothing.
     pub(super) fn note(&mut self, line: usize, job: Option<&str>, message: impl Into<String>) {
-        let note = self.make(line, job, message.into());
+        let note = (line, self.make(line, job, message.into()));
         if !self.notes.contains(&note) {
             self.notes.push(note);
         }
+    }
+
+    /// Notes once for all jobs what a keyword does not do here.
+    pub(super) fn remark(&mut self, topic: &'static str, line: usize, message: &str) {
+        match self.remarks.iter_mut().find(|remark| remark.topic == topic) {
+            Some(remark) if remark.line == line => {}
+            Some(remark) => {
+                remark.places += 1;
+                remark.line = remark.line.min(line);
+            }
+            None => {
+                self.remarks.push(Remark { topic, line, message: message.to_owned(), places: 1 });
+            }
+        }
+    }
+
+    /// Notes something GitLab does and this does not; `what` begins the sentence.
+    pub(super) fn unsupported(&mut self, line: usize, job: Option<&str>, what: &str) {
+        if self.ignore_unknown {
+            self.note(line, job, format!("{what} is not supported and ignored"));
+        } else {
+            self.problem(line, job, format!("{what} is not supported, unless --ignore-unknown"));
+        }
+    }
+
+    /// As [`Self::unsupported`], for what would have brought jobs and keywords of its own.
+    pub(super) fn left_out(&mut self, line: usize, what: &str) {
+        self.incomplete |= self.ignore_unknown;
+        self.unsupported(line, None, what);
+    }
+
+    /// Notes a name that leads nowhere; whoever uses it is left out if the name may stand in a part
+    /// that was ignored. Gives whether that is so.
+    pub(super) fn missing(&mut self, line: usize, job: Option<&str>, message: &str) -> bool {
+        if self.incomplete {
+            self.note(line, job, format!("{message}: left out, for want of an ignored include"));
+        } else {
+            self.problem(line, job, message);
+        }
+        self.incomplete
     }
 
     /// Notes a word outside the supported subset; `place` says where it stands, if not in a job.
@@ -134,10 +219,17 @@ impl Findings {
     /// Gives the notes, or the error when there were problems.
     pub(super) fn finish(mut self) -> Result<Vec<String>, PipelineError> {
         if !self.problems.is_empty() {
-            self.problems.sort_by_key(|problem| problem.line);
-            return Err(PipelineError::Invalid { problems: self.problems });
+            self.problems.sort_by_key(|(line, _)| *line);
+            let problems = self.problems.into_iter().map(|(_, problem)| problem).collect();
+            return Err(PipelineError::Invalid { problems });
         }
-        self.notes.sort_by_key(|note| note.line);
-        Ok(self.notes.iter().map(Problem::to_string).collect())
+        for Remark { line, mut message, places, .. } in std::mem::take(&mut self.remarks) {
+            if places > 1 {
+                message = format!("{message} ({places} places)");
+            }
+            self.note(line, None, message);
+        }
+        self.notes.sort_by_key(|(line, _)| *line);
+        Ok(self.notes.iter().map(|(_, note)| note.to_string()).collect())
     }
 }

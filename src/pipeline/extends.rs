@@ -73,7 +73,7 @@ impl Extender<'_> {
         for name in names {
             let Some(&base) = self.places.get(name) else {
                 let message = format!("extends `{name}`, which does not exist");
-                self.findings.problem(bases.line, job, message);
+                self.findings.missing(bases.line, job, &message);
                 fine = false;
                 continue;
             };
@@ -135,7 +135,7 @@ fn names_of(node: &Node) -> Option<Vec<&str>> {
 }
 
 /// Lays one value over another: mappings merge, anything else replaces.
-fn merge_deep(base: &Arc<Node>, over: &Arc<Node>) -> Arc<Node> {
+pub(super) fn merge_deep(base: &Arc<Node>, over: &Arc<Node>) -> Arc<Node> {
     let (Some(below), Some(above)) = (base.entries(), over.entries()) else {
         return Arc::clone(over);
     };

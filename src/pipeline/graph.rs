@@ -3,35 +3,32 @@
 use std::collections::{HashMap, HashSet};
 
 use super::error::Findings;
-use super::read::{Draft, Drafts};
+use super::plan::{Plan, Planned};
 use super::yaml::Entry;
-use super::{Job, Need};
+use super::{Job, LeftOut, Need};
 
 /// Checks the jobs against each other and puts them in the order of their stages.
 ///
 /// `written` is the file as it stands, so that a job which could not be read is not also missed.
-pub(super) fn check(
-    drafts: Drafts,
-    written: &[Entry],
-    findings: &mut Findings,
-) -> (Vec<String>, Vec<Job>) {
-    let Drafts { stages, mut jobs } = drafts;
+pub(super) fn check(plan: &mut Plan, written: &[Entry], findings: &mut Findings) -> Vec<Job> {
+    let mut jobs = std::mem::take(&mut plan.jobs);
+    let (stages, left_out) = (&plan.stages, &plan.left_out);
     if jobs.is_empty() {
         // When jobs are there but none could be read, the reasons have been given.
-        if findings.is_clean() {
-            findings.problem(1, None, "has no jobs");
+        if findings.is_clean() && left_out.is_empty() {
+            findings.missing(1, None, "has no jobs");
         }
-        return Default::default();
+        return Vec::new();
     }
-    check_stages(&stages, &jobs, findings);
-    let place = |draft: &Draft| stages.iter().position(|stage| *stage == draft.job.stage);
+    check_stages(stages, &jobs, findings);
+    let place = |draft: &Planned| stages.iter().position(|stage| *stage == draft.job.stage);
     jobs.sort_by_key(place);
-    check_needs(&stages, &mut jobs, written, findings);
-    (stages, jobs.into_iter().map(|draft| draft.job).collect())
+    check_needs(stages, &mut jobs, written, left_out, findings);
+    jobs.into_iter().map(|draft| draft.job).collect()
 }
 
-fn check_stages(stages: &[String], jobs: &[Draft], findings: &mut Findings) {
-    for Draft { job, stage_line, .. } in jobs {
+fn check_stages(stages: &[String], jobs: &[Planned], findings: &mut Findings) {
+    for Planned { job, stage_line, .. } in jobs {
         if !stages.contains(&job.stage) {
             let message =
                 format!("stage `{}` does not exist; there are {}", job.stage, stages.join(", "));
@@ -46,7 +43,13 @@ fn check_stages(stages: &[String], jobs: &[Draft], findings: &mut Findings) {
     }
 }
 
-fn check_needs(stages: &[String], jobs: &mut [Draft], written: &[Entry], findings: &mut Findings) {
+fn check_needs(
+    stages: &[String],
+    jobs: &mut [Planned],
+    written: &[Entry],
+    left_out: &[LeftOut],
+    findings: &mut Findings,
+) {
     let places: HashMap<String, usize> = jobs
         .iter()
         .map(|draft| {
@@ -55,18 +58,29 @@ fn check_needs(stages: &[String], jobs: &mut [Draft], written: &[Entry], finding
         })
         .collect();
     let unread: HashSet<&str> = written.iter().map(|entry| entry.key.as_str()).collect();
-    for Draft { job, need_lines, .. } in jobs.iter_mut() {
+    for Planned { job, need_lines, .. } in jobs.iter_mut() {
         let Some(needs) = job.needs.take() else { continue };
         let own = places.get(&job.name).copied().unwrap_or(0);
         let mut kept: Vec<Need> = Vec::new();
         for (need, line) in needs.into_iter().zip(need_lines.iter().copied()) {
             let wanted = &need.job;
             match places.get(wanted) {
+                None if left_out.iter().any(|left| left.name == *wanted) => {
+                    if !need.optional {
+                        let why = left_out.iter().find(|left| left.name == *wanted);
+                        let why = why.map_or("", |left| left.why.as_str());
+                        let message = format!(
+                            "needs `{wanted}`, which is not in the pipeline ({why}); `optional: true` would do"
+                        );
+                        findings.problem(line, Some(&job.name), message);
+                    }
+                    continue;
+                }
                 None => {
                     let unreadable = unread.contains(wanted.as_str()) && !wanted.starts_with('.');
                     if !need.optional && (!unreadable || findings.is_clean()) {
                         let message = format!("needs `{wanted}`, which is no job of this pipeline");
-                        findings.problem(line, Some(&job.name), message);
+                        findings.missing(line, Some(&job.name), &message);
                     }
                     continue;
                 }
@@ -94,7 +108,7 @@ fn check_needs(stages: &[String], jobs: &mut [Draft], written: &[Entry], finding
 }
 
 /// Reports every circle of needs once.
-fn check_circles(jobs: &[Draft], findings: &mut Findings) {
+fn check_circles(jobs: &[Planned], findings: &mut Findings) {
     let places: HashMap<&str, usize> =
         jobs.iter().enumerate().map(|(place, draft)| (draft.job.name.as_str(), place)).collect();
     let needs: Vec<Vec<usize>> = jobs

@@ -91,7 +91,7 @@ impl Resolver<'_> {
         }
         let Some(target) = self.find(path) else {
             let message = format!("`!reference {}` leads nowhere", shown(path));
-            self.findings.problem(line, Some(job), message);
+            self.findings.missing(line, Some(job), &message);
             return None;
         };
         self.trail.push(path.to_vec());

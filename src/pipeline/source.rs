@@ -17,8 +17,9 @@ use url::Url;
 /// Longest time for one git command: a shallow repository of some GiB is copied, not borrowed.
 const PATIENCE: Duration = Duration::from_secs(900);
 
-/// Most output kept from one git command; what is beyond it is read and dropped.
-const MAX_OUTPUT: u64 = 4 * 1024 * 1024;
+/// Most output kept from one git command; what is beyond it is read and dropped. Lists of files are
+/// the longest: this is room for half a million.
+const MAX_OUTPUT: u64 = 64 * 1024 * 1024;
 
 /// Who commits a folder that is no repository. Git would otherwise ask for the user's name.
 const COMMITTER: (&str, &str) = ("bridge exec", "bridge-exec@localhost");
@@ -36,8 +37,21 @@ pub struct Source {
     pub ref_type: RefType,
     /// The folder's name.
     pub project: String,
+    /// Where the project is on its server, by the remote `origin`; the folder's name below `exec`
+    /// without one.
+    pub project_path: String,
+    /// The branch that others are compared with.
+    pub default_branch: String,
+    /// The commit's message.
+    pub message: String,
     /// First line of the commit's message.
     pub title: String,
+    /// Who wrote the commit, with address.
+    pub author: String,
+    /// When it was committed, as GitLab writes times.
+    pub committed_at: String,
+    /// The repository that knows most: the user's, or ours when there is none.
+    pub(super) origin: Utf8PathBuf,
     /// What the user should know.
     pub notes: Vec<String>,
 }
@@ -132,12 +146,73 @@ pub async fn source(folder: &Utf8Path, into: &Utf8Path) -> Result<Source, Source
     let git = Git::bare(&repository);
     // Jobs fetch the commit by its name, also when its branch has been left out.
     git.run(&["config", "uploadpack.allowAnySHA1InWant", "true"]).await?;
-    let title = git.line(&["log", "-1", "--format=%s", &found.sha, "--"]).await?;
-    let Found { sha, ref_name, ref_type, notes } = found;
-    Ok(Source { repository, sha, ref_name, ref_type, project, title, notes })
+    let told = git.run(&["log", "-1", "--format=%cI%n%an <%ae>%n%B", &found.sha, "--"]).await?;
+    let (committed_at, rest) = told.split_once('\n').unwrap_or((&told, ""));
+    let (author, message) = rest.split_once('\n').unwrap_or((rest, ""));
+    let message = message.trim_end().to_owned();
+    let Found { sha, ref_name, ref_type, notes, borrowed } = found;
+    let origin = if borrowed { folder } else { repository.clone() };
+    let theirs = Git { bare: !borrowed, ..Git::at(&origin) };
+    let default_branch = default_branch(&theirs, &ref_name, ref_type).await?;
+    let remote = theirs.ask(&["config", "--get", "remote.origin.url"]).await?;
+    let remote_path = remote.as_deref().filter(|_| borrowed).and_then(path_of);
+    let project_path = remote_path.unwrap_or_else(|| format!("exec/{project}"));
+    Ok(Source {
+        repository,
+        sha,
+        ref_name,
+        ref_type,
+        project,
+        project_path,
+        default_branch,
+        title: message.lines().next().unwrap_or_default().to_owned(),
+        message,
+        author: author.to_owned(),
+        committed_at: committed_at.to_owned(),
+        origin,
+        notes,
+    })
+}
+
+/// Finds the branch that the remote calls its main one, else one of the usual names.
+async fn default_branch(
+    git: &Git,
+    ref_name: &str,
+    ref_type: RefType,
+) -> Result<String, SourceError> {
+    let remote =
+        git.ask(&["symbolic-ref", "--quiet", "--short", "refs/remotes/origin/HEAD"]).await?;
+    if let Some(branch) = remote.as_deref().and_then(|name| name.strip_prefix("origin/")) {
+        return Ok(branch.to_owned());
+    }
+    for name in ["main", "master"] {
+        let branch = format!("refs/heads/{name}");
+        if git.ask(&["rev-parse", "--verify", "--quiet", &branch]).await?.is_some() {
+            return Ok(name.to_owned());
+        }
+    }
+    Ok(if ref_type == RefType::Branch { ref_name } else { "main" }.to_owned())
+}
+
+/// Gives `group/project` of a remote's address, if it has at least the two.
+fn path_of(remote: &str) -> Option<String> {
+    let path = match Url::parse(remote) {
+        Ok(url) if url.has_host() => url.path().to_owned(),
+        Ok(url) if !url.cannot_be_a_base() => return None,
+        // git@host:group/project.git
+        Ok(_) | Err(_) => {
+            remote.split_once(':').filter(|(host, _)| !host.contains('/'))?.1.to_owned()
+        }
+    };
+    let path = path.trim_matches('/');
+    let path = path.strip_suffix(".git").unwrap_or(path);
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/');
+    let safe = path.contains('/') && path.chars().all(plain) && !path.contains("..");
+    safe.then(|| path.to_owned())
 }
 
 struct Found {
+    borrowed: bool,
     sha: String,
     ref_name: String,
     ref_type: RefType,
@@ -204,7 +279,7 @@ async fn borrow(
         // HEAD may have moved since it was read, and a detached one has no branch at all.
         ours.run(&["update-ref", &format!("refs/heads/{ref_name}"), &sha]).await?;
     }
-    Ok(Found { sha, ref_name, ref_type, notes })
+    Ok(Found { borrowed: true, sha, ref_name, ref_type, notes })
 }
 
 async fn snapshot(folder: &Utf8Path, repository: &Utf8Path) -> Result<Found, SourceError> {
@@ -230,15 +305,21 @@ async fn snapshot(folder: &Utf8Path, repository: &Utf8Path) -> Result<Found, Sou
     let message = format!("Snapshot of {}", folder.file_name().unwrap_or("the folder"));
     let sha = git.line(&["commit-tree", &tree, "-m", &message]).await?;
     git.run(&["update-ref", "refs/heads/main", &sha]).await?;
-    Ok(Found { sha, ref_name: "main".to_owned(), ref_type: RefType::Branch, notes })
+    let ref_name = "main".to_owned();
+    Ok(Found { borrowed: false, sha, ref_name, ref_type: RefType::Branch, notes })
 }
 
 fn short(sha: &str) -> &str {
     sha.get(..8).unwrap_or(sha)
 }
 
+/// Git in the repository that a source is asked about.
+pub(super) fn git_of(source: &Source) -> Git {
+    Git { bare: source.origin == source.repository, ..Git::at(&source.origin) }
+}
+
 /// Git with its place, an environment of its own and nothing that could ask or write elsewhere.
-struct Git {
+pub(super) struct Git {
     directory: Utf8PathBuf,
     bare: bool,
     work_tree: Option<Utf8PathBuf>,
@@ -254,7 +335,7 @@ impl Git {
     }
 
     /// Runs git and gives what it wrote.
-    async fn run(&self, arguments: &[&str]) -> Result<String, SourceError> {
+    pub(super) async fn run(&self, arguments: &[&str]) -> Result<String, SourceError> {
         let command = arguments.iter().take(2).copied().collect::<Vec<_>>().join(" ");
         let (status, output, errors) = self.execute(arguments, &command).await?;
         if status.success() {
@@ -271,7 +352,7 @@ impl Git {
     }
 
     /// Asks git something that it answers with a line, or by failing.
-    async fn ask(&self, arguments: &[&str]) -> Result<Option<String>, SourceError> {
+    pub(super) async fn ask(&self, arguments: &[&str]) -> Result<Option<String>, SourceError> {
         let command = arguments.iter().take(2).copied().collect::<Vec<_>>().join(" ");
         let (status, output, _) = self.execute(arguments, &command).await?;
         let line = output.lines().next().unwrap_or_default();
@@ -528,6 +609,22 @@ mod tests {
         git(&inner, &["commit", "--quiet", "--allow-empty", "-m", "one"]);
         let source = source(&folder, &into).await.unwrap();
         assert_eq!(source.notes, ["not included, because repositories of their own: inner"]);
+    }
+
+    #[test]
+    fn the_project_s_path_is_that_of_its_remote() {
+        for (remote, path) in [
+            ("https://gitlab.com/group/sub/project.git", Some("group/sub/project")),
+            ("git@gitlab.com:group/project.git", Some("group/project")),
+            ("ssh://git@host:22/group/project", Some("group/project")),
+            ("/srv/git/project.git", None),
+            ("file:///srv/git/project.git", None),
+            ("https://host/project", None),
+            ("https://host/a/../b", None),
+            ("host:group/project", Some("group/project")),
+        ] {
+            assert_eq!(path_of(remote).as_deref(), path, "{remote}");
+        }
     }
 
     #[tokio::test]

@@ -32,7 +32,8 @@ mod files {
     #[test]
     fn a_file_with_every_keyword_gives_these_jobs() {
         let pipeline = everything();
-        insta::with_settings!({snapshot_path => "snapshots", prepend_module_to_snapshot => false}, {
+        let filters = [(env!("CARGO_MANIFEST_DIR"), "ROOT")];
+        insta::with_settings!({snapshot_path => "snapshots", prepend_module_to_snapshot => false, filters => filters}, {
             insta::assert_debug_snapshot!("everything", (pipeline.stages, pipeline.jobs));
         });
     }
@@ -48,18 +49,18 @@ mod files {
 
     #[test]
     fn unknown_words_become_notes_when_they_are_to_be_ignored() {
-        let text = "include: x.yml\njob:\n  script: [a]\n  cache: {}\n  variables: {A: {value: b, expand: true}}\n";
-        let options = LoadOptions { ignore_unknown: true };
+        let text = "include: {template: x.yml}\njob:\n  script: [a]\n  secrets: {}\n  variables: {A: {value: b, colour: red}}\n";
+        let options = LoadOptions { ignore_unknown: true, ..LoadOptions::default() };
         let pipeline = parse(text, "ci.yml", &options).unwrap();
         assert_eq!(
             pipeline.notes,
             [
-                "ci.yml:1: keyword `include` at the top is not supported and ignored",
-                "ci.yml:4: job `job`: keyword `cache` is not supported and ignored",
-                "ci.yml:5: job `job`: keyword `expand` in variable `A` is not supported and ignored",
+                "ci.yml:1: `include: template` (`x.yml`), which is part of GitLab, is not supported and ignored",
+                "ci.yml:4: job `job`: `secrets` is not supported and ignored",
+                "ci.yml:5: job `job`: keyword `colour` in variable `A` is not supported and ignored",
             ]
         );
-        assert_eq!(pipeline.jobs[0].variables, [("A".into(), "b".into())]);
+        assert_eq!(pipeline.jobs[0].variables, [Variable::new("A", "b")]);
     }
 
     #[test]
@@ -90,7 +91,7 @@ mod files {
     fn a_hint_names_the_keyword_that_was_meant() {
         let message = refused("a:\n  scripts: [a]\n");
         assert!(message.contains("did you mean `script`?"), "{message}");
-        let message = refused("a:\n  rules: []\n  script: [a]\n");
+        let message = refused("a:\n  colours: []\n  script: [a]\n");
         assert!(!message.contains("did you mean"), "{message}");
     }
 }
@@ -217,7 +218,7 @@ job:
 ";
         let pipeline = read(text);
         assert_eq!(pipeline.jobs[0].script, ["one", "two", "three"]);
-        assert_eq!(pipeline.jobs[0].variables, [("X".into(), "y".into())]);
+        assert_eq!(pipeline.jobs[0].variables, [Variable::new("X", "y")]);
     }
 
     #[test]
@@ -399,8 +400,7 @@ mod running {
             let mut plan = Plan {
                 pipeline: Pipeline {
                     stages: (0..5).map(|stage| format!("s{stage}")).collect(),
-                    jobs: Vec::new(),
-                    notes: Vec::new(),
+                    ..Pipeline::default()
                 },
                 ends: Vec::new(),
                 order,
@@ -426,25 +426,25 @@ mod running {
                 plan.pipeline.jobs.push(Job {
                     name,
                     stage: format!("s{stage}"),
-                    line: 1,
                     script: vec!["x".into()],
-                    after_script: Vec::new(),
-                    variables: Vec::new(),
                     needs: needs.map(|needs| {
-                        needs.into_iter().map(|job| Need { job, optional: false }).collect()
+                        needs
+                            .into_iter()
+                            .map(|job| Need { job, optional: false, artifacts: true })
+                            .collect()
                     }),
                     allow_failure: match allow {
                         0 => AllowFailure::Never,
                         1 => AllowFailure::Always,
                         _ => AllowFailure::ExitCodes(vec![1]),
                     },
-                    timeout: None,
                     when: match when {
                         0 | 1 => When::OnSuccess,
                         2 => When::OnFailure,
                         3 => When::Always,
                         _ => When::Manual,
                     },
+                    ..Job::default()
                 });
             }
             plan
@@ -515,7 +515,7 @@ mod running {
                     lines.push(String::new());
                 }
             }
-            let options = LoadOptions { ignore_unknown: true };
+            let options = LoadOptions { ignore_unknown: true, ..LoadOptions::default() };
             if let Ok(pipeline) = parse(&lines.join("\n"), "ci.yml", &options) {
                 // Whatever is accepted can be played to its end.
                 play(&pipeline, &[], &[]);
@@ -525,7 +525,7 @@ mod running {
         #[test]
         fn no_text_makes_the_reader_panic(text in "[a-c.<*&!:\\[\\]{}, \n\\-'\"0-9]{0,120}") {
             // Only that it returns: most of these are no YAML.
-            drop(parse(&text, "ci.yml", &LoadOptions { ignore_unknown: true }));
+            drop(parse(&text, "ci.yml", &LoadOptions { ignore_unknown: true, ..LoadOptions::default() }));
         }
     }
 }
@@ -540,7 +540,7 @@ mod example {
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap())
             .env("CI_JOB_NAME", &job.name)
-            .envs(job.variables.iter().map(|(name, value)| (name, value)))
+            .envs(job.variables.iter().map(|variable| (&variable.name, &variable.value)))
             .current_dir(folder)
             .output()
             .unwrap();

@@ -61,6 +61,8 @@ pub(super) struct Fault {
 /// A document with what was odd about it.
 #[derive(Debug)]
 pub(super) struct Document {
+    /// The document before the pipeline, which holds `spec`.
+    pub(super) header: Option<Arc<Node>>,
     pub(super) root: Arc<Node>,
     /// Mapping keys that are given twice, of which only the last counts.
     pub(super) duplicates: Vec<Fault>,
@@ -158,15 +160,17 @@ fn float_text(value: f64) -> String {
     format!("{value:?}")
 }
 
-/// Reads the one document of a file.
-pub(super) fn load(text: &str) -> Result<Document, Vec<Fault>> {
-    let mut builder = Builder::default();
+/// Reads the one document of a file, and the header that may stand before it.
+///
+/// `base` is added to every line, because a pipeline's files are numbered through.
+pub(super) fn load(text: &str, base: usize) -> Result<Document, Vec<Fault>> {
+    let mut builder = Builder { base, ..Builder::default() };
     for event in Parser::new_from_str(text.trim_start_matches('\u{feff}')) {
         match event {
-            Ok((event, span)) => builder.take(event, span.start.line())?,
+            Ok((event, span)) => builder.take(event, base + span.start.line())?,
             Err(error) => {
                 return Err(vec![Fault {
-                    line: error.marker().line(),
+                    line: base + error.marker().line(),
                     message: format!("not valid YAML: {}", error.info()),
                 }]);
             }
@@ -175,16 +179,24 @@ pub(super) fn load(text: &str) -> Result<Document, Vec<Fault>> {
             return Err(builder.faults);
         }
     }
-    let root = builder.root.unwrap_or_else(|| Node::new(1, Value::Null));
-    Ok(Document { root, duplicates: builder.duplicates })
+    let mut roots = builder.roots;
+    let is_header = |root: &Arc<Node>| root.get("spec").is_some();
+    if roots.len() > 1 && (roots.len() > 2 || !roots.first().is_some_and(is_header)) {
+        let line = roots.get(1).map_or(base + 1, |root| root.line);
+        let message =
+            "a second YAML document; only a header with `spec` may stand before the pipeline";
+        return Err(vec![Fault { line, message: message.to_owned() }]);
+    }
+    let root = roots.pop().unwrap_or_else(|| Node::new(base + 1, Value::Null));
+    Ok(Document { header: roots.pop(), root, duplicates: builder.duplicates })
 }
 
 #[derive(Default)]
 struct Builder {
     open: Vec<Open>,
     anchors: HashMap<usize, Arc<Node>>,
-    documents: usize,
-    root: Option<Arc<Node>>,
+    roots: Vec<Arc<Node>>,
+    base: usize,
     faults: Vec<Fault>,
     duplicates: Vec<Fault>,
 }
@@ -205,13 +217,11 @@ enum Kind {
 impl Builder {
     fn take(&mut self, event: Event<'_>, line: usize) -> Result<(), Vec<Fault>> {
         match event {
-            Event::Nothing | Event::StreamStart | Event::StreamEnd | Event::DocumentEnd => {}
-            Event::DocumentStart(_) => {
-                self.documents += 1;
-                if self.documents > 1 {
-                    self.fault(line, "a second YAML document; headers with `spec:` and several documents are not supported");
-                }
-            }
+            Event::Nothing
+            | Event::StreamStart
+            | Event::StreamEnd
+            | Event::DocumentEnd
+            | Event::DocumentStart(_) => {}
             Event::Alias(anchor) => match self.anchors.get(&anchor).cloned() {
                 Some(node) => self.insert(node, line),
                 None => self.fault(line, "an alias inside of what it stands for"),
@@ -291,7 +301,7 @@ impl Builder {
             return;
         }
         let Some(open) = self.open.last_mut() else {
-            self.root = Some(node);
+            self.roots.push(node);
             return;
         };
         match &mut open.kind {
@@ -327,8 +337,9 @@ impl Builder {
                         .map(|old| old.line);
                     if let Some(before) = before {
                         let message = format!(
-                            "`{}` is given again; what line {before} says for it does not count",
-                            entry.key
+                            "`{}` is given again; what line {} says for it does not count",
+                            entry.key,
+                            before - self.base
                         );
                         self.duplicates.push(Fault { line, message });
                     }
@@ -494,7 +505,7 @@ mod tests {
     use super::*;
 
     fn value_of(text: &str) -> String {
-        let document = load(&format!("key: {text}\n")).unwrap();
+        let document = load(&format!("key: {text}\n"), 0).unwrap();
         format!("{:?}", document.root.get("key").unwrap().value)
     }
 
@@ -545,7 +556,7 @@ mod tests {
     #[test]
     fn several_merge_keys_in_one_mapping_all_count() {
         let text = "a: &a {x: 1, y: 1}\nb: &b {y: 2}\nc:\n  <<: *a\n  <<: *b\n  z: 3\n";
-        let document = load(text).unwrap();
+        let document = load(text, 0).unwrap();
         let c = document.root.get("c").unwrap();
         let value = |key| c.get(key).unwrap().scalar_text().unwrap();
         assert_eq!((value("x"), value("y"), value("z")), ("1".into(), "2".into(), "3".into()));
@@ -555,7 +566,7 @@ mod tests {
     #[test]
     fn in_a_list_of_merges_the_first_wins_and_a_later_merge_beats_an_earlier_key() {
         let text = "a: &a {x: 1}\nb: &b {x: 2, y: 2}\nc:\n  y: 0\n  <<: [*a, *b]\n";
-        let document = load(text).unwrap();
+        let document = load(text, 0).unwrap();
         let c = document.root.get("c").unwrap();
         let value = |key| c.get(key).unwrap().scalar_text().unwrap();
         assert_eq!((value("x"), value("y")), ("1".into(), "2".into()));
@@ -563,7 +574,7 @@ mod tests {
 
     #[test]
     fn a_key_given_twice_is_told_and_the_last_one_counts() {
-        let document = load("job:\n  a: 1\nother: {}\njob:\n  a: 2\n").unwrap();
+        let document = load("job:\n  a: 1\nother: {}\njob:\n  a: 2\n", 0).unwrap();
         assert_eq!(document.root.get("job").unwrap().get("a").unwrap().scalar_text().unwrap(), "2");
         assert_eq!(document.duplicates.len(), 1);
         assert_eq!(document.duplicates[0].line, 4);
@@ -572,7 +583,7 @@ mod tests {
 
     #[test]
     fn an_override_of_a_merged_key_is_no_duplicate() {
-        let document = load(".a: &a\n  x: 1\nb:\n  <<: *a\n  x: 2\n").unwrap();
+        let document = load(".a: &a\n  x: 1\nb:\n  <<: *a\n  x: 2\n", 0).unwrap();
         assert!(document.duplicates.is_empty());
         assert_eq!(document.root.get("b").unwrap().get("x").unwrap().scalar_text().unwrap(), "2");
     }
@@ -585,22 +596,22 @@ mod tests {
             let row = vec![alias; 10].join(", ");
             writeln!(text, "a{level}: &a{level} [{row}]").unwrap();
         }
-        let faults = load(&text).unwrap_err();
+        let faults = load(&text, 0).unwrap_err();
         assert!(faults[0].message.contains("too large"), "{faults:?}");
     }
 
     #[test]
     fn deep_nesting_self_aliases_and_broken_syntax_are_refused_with_their_line() {
         let deep = format!("a: {}1{}\n", "[".repeat(150), "]".repeat(150));
-        assert!(load(&deep).unwrap_err()[0].message.contains("deeper"));
-        let selfish = load("x: 1\na: &a [*a]\n").unwrap_err();
+        assert!(load(&deep, 0).unwrap_err()[0].message.contains("deeper"));
+        let selfish = load("x: 1\na: &a [*a]\n", 0).unwrap_err();
         assert_eq!(selfish[0].line, 2);
-        let broken = load("a: 1\nb: [\n").unwrap_err();
+        let broken = load("a: 1\nb: [\n", 0).unwrap_err();
         assert!(broken[0].message.starts_with("not valid YAML"), "{broken:?}");
-        assert!(load("a: *nowhere\n").is_err());
-        assert!(load("a: 1\n---\nb: 2\n").unwrap_err()[0].message.contains("second"));
-        assert!(load("a: !vault x\n").unwrap_err()[0].message.contains("`!vault`"));
-        assert!(load("a: !reference x\n").is_err());
-        assert!(load("a: !reference [x, [y]]\n").is_err());
+        assert!(load("a: *nowhere\n", 0).is_err());
+        assert!(load("a: 1\n---\nb: 2\n", 0).unwrap_err()[0].message.contains("second"));
+        assert!(load("a: !vault x\n", 0).unwrap_err()[0].message.contains("`!vault`"));
+        assert!(load("a: !reference x\n", 0).is_err());
+        assert!(load("a: !reference [x, [y]]\n", 0).is_err());
     }
 }

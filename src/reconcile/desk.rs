@@ -9,7 +9,8 @@ use crate::domain::id::JobId;
 use crate::gitlab::wire::{JobPayload, Secret};
 use crate::job::{self, Plan, Slot};
 use crate::reconcile::{Inner, PREPARED_MOST, PREPARED_SIZE, RunnerEntry, Step, StepError};
-use crate::store::Job;
+use crate::store::{Job, StoreError};
+use crate::telemetry::Chain;
 use crate::trace::mask::default_prefixes;
 use crate::trace::{Carry, Composer, ComposerOptions, Masker, Opened, Spool};
 
@@ -61,6 +62,21 @@ impl Inner {
         self.settings().spool_dir.join(format!("{id}.trace"))
     }
 
+    /// Reads a job's payload.
+    ///
+    /// One that was changed in the database is as good as empty: it makes no sense, and all callers
+    /// know what to do then.
+    pub(in crate::reconcile) async fn payload(&self, id: JobId) -> Result<Secret, StepError> {
+        match self.store.payload(id).await {
+            Ok(text) => text.ok_or(StepError::NoPayload),
+            Err(error @ StoreError::Sealed { .. }) => {
+                tracing::error!(job = %id, error = %Chain(&error), "the payload cannot be read");
+                Ok(Secret::new(""))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Gives a job's payload and plan, from memory or made again.
     pub(in crate::reconcile) async fn prepared(
         &self,
@@ -70,13 +86,13 @@ impl Inner {
         if let Some(known) = self.desktop().prepared.get(&job.id) {
             return Ok(Arc::clone(known));
         }
-        let text = self.store.payload(job.id).await?.ok_or(StepError::NoPayload)?;
+        let text = self.payload(job.id).await?;
         let payload: JobPayload =
             serde_json::from_str(text.expose()).map_err(StepError::Payload)?;
         let large = text.expose().len() > PREPARED_SIZE;
         drop(text);
         let slot = Slot { concurrent: job.slot, project: job.project_slot };
-        let plan = job::plan(&payload, &runner.context, slot);
+        let plan = job::plan_at(&payload, &runner.context, slot, job.workspace.as_deref());
         let inputs = match &plan {
             Ok(plan) => plan.mask.clone(),
             // What cannot be run is refused in the trace, which may show none of its secrets either.
@@ -86,7 +102,8 @@ impl Inner {
             .iter()
             .copied()
             .chain(inputs.prefixes.iter().map(String::as_str));
-        let mask = Arc::new(Masker::new(inputs.phrases.iter().map(Secret::expose), prefixes)?);
+        let mask =
+            Arc::new(Masker::of_secrets(inputs.phrases.iter().map(Secret::expose), prefixes)?);
         let prepared = Arc::new(Prepared { payload, plan, mask, waiting: Mutex::new(None) });
         if large {
             return Ok(prepared);
@@ -188,19 +205,38 @@ impl Step<'_> {
         Ok(())
     }
 
-    /// Ends the sections that a killed script, or a daemon that died in get_sources, left open.
+    /// Ends the sections that a killed script, or a daemon that died in a stage, left open.
     pub(in crate::reconcile) fn close_sections(&self, desk: &mut Desk) -> Result<(), StepError> {
+        for name in self.open_sections(desk)? {
+            desk.composer.section_end(self.line_time(), &name, &mut desk.out);
+        }
+        Ok(())
+    }
+
+    /// Names the sections of stages and steps that were begun and not ended, the last one first.
+    pub(in crate::reconcile) fn open_sections(
+        &self,
+        desk: &Desk,
+    ) -> Result<Vec<String>, StepError> {
         let from = self.job.trace_len.saturating_sub(SECTIONS_WITHIN);
         let limit = usize::try_from(self.job.trace_len - from).unwrap_or(usize::MAX);
         let mut trace = desk.spool.read(from, limit)?;
         trace.extend_from_slice(&desk.out);
         let ours = |name: &str| {
-            name.starts_with("step_") || matches!(name, "after_script" | "get_sources")
+            name.starts_with("step_")
+                || matches!(
+                    name,
+                    "after_script"
+                        | "get_sources"
+                        | "restore_cache"
+                        | "download_artifacts"
+                        | "archive_cache"
+                        | "archive_cache_on_failure"
+                        | "upload_artifacts_on_success"
+                        | "upload_artifacts_on_failure"
+                )
         };
-        for name in crate::trace::left_open(&trace, ours) {
-            desk.composer.section_end(self.line_time(), &name, &mut desk.out);
-        }
-        Ok(())
+        Ok(crate::trace::left_open(&trace, ours).into_iter().collect())
     }
 
     /// Gives the time for lines that are written now.

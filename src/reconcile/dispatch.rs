@@ -1,95 +1,25 @@
 //! `received` → `submitting` → `submitted`: making a job ready and handing it over, once.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bridge_backend::{ErrorKind, ExternalId, JobSpec, Lookup};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, SemaphorePermit};
 
 use crate::domain::job::Event;
 use crate::domain::policy;
 use crate::domain::verdict::Cause;
-use crate::job::{Output, Plan, StageError, Tone};
+use crate::job::Plan;
 use crate::reconcile::desk::{Desk, Prepared};
 use crate::reconcile::report::Heard;
-use crate::reconcile::{Flow, News, Step, StepError};
+use crate::reconcile::stage::{Sink, Stage, Stopped, Until, concluded};
+use crate::reconcile::{Flow, News, Step, StepError, leftovers};
 use crate::store::CancelBy;
 use crate::telemetry::Chain;
-use crate::trace::{Flush, Section, Style};
-
-/// How long a stage's output is held back, so that a stage which a crash interrupts early leaves no
-/// half of itself in the trace.
-const HOLD_OUTPUT: Duration = Duration::from_secs(3);
-
-/// What a stage on the submit node says, until it is written into the trace.
-#[derive(Clone, Debug, Default)]
-struct Sink(Arc<Mutex<Vec<Said>>>);
-
-#[derive(Debug)]
-enum Said {
-    Bytes(Vec<u8>),
-    Line(Style, String),
-}
-
-impl Output for Sink {
-    fn bytes(&mut self, bytes: &[u8]) {
-        let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Said::Bytes(last)) = said.last_mut() {
-            last.extend_from_slice(bytes);
-        } else {
-            said.push(Said::Bytes(bytes.to_vec()));
-        }
-    }
-
-    fn remark(&mut self, tone: Tone, text: &str) {
-        let style = match tone {
-            Tone::Notice => Style::Info,
-            Tone::Warning => Style::Warning,
-        };
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(Said::Line(style, text.to_owned()));
-    }
-}
-
-impl Sink {
-    /// Moves what was said into the trace; an unfinished line waits unless this is the end.
-    fn pour(&self, desk: &mut Desk, now: jiff::Timestamp, rest: &mut Vec<u8>, end: bool) {
-        let said = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-        for piece in said {
-            match piece {
-                Said::Bytes(bytes) => {
-                    rest.extend_from_slice(&bytes);
-                    let used = desk.composer.stage_output(now, rest, Flush::Lines, &mut desk.out);
-                    rest.drain(..used.min(rest.len()));
-                }
-                Said::Line(style, text) => {
-                    let used = desk.composer.stage_output(now, rest, Flush::End, &mut desk.out);
-                    rest.drain(..used.min(rest.len()));
-                    desk.composer.remark(now, style, &text, &mut desk.out);
-                }
-            }
-        }
-        if end && !rest.is_empty() {
-            desk.composer.stage_output(now, rest, Flush::End, &mut desk.out);
-            rest.clear();
-        }
-    }
-}
+use crate::trace::{Section, Style};
 
 /// The least time between two looks for a submission whose absence does not count yet.
 pub(in crate::reconcile) const LOOK_AGAIN: Duration = Duration::from_millis(50);
-
-/// Why a job is not handed over.
-enum Stopped {
-    /// Its verdict is known.
-    Concluded(Cause),
-    /// GitLab no longer wants it.
-    Disowned,
-    /// The daemon is about to stop; the next one makes it ready again.
-    Shutdown,
-}
 
 impl Step<'_> {
     /// Makes a received job ready and hands it over.
@@ -140,6 +70,9 @@ impl Step<'_> {
             Ok(worker) => worker,
             Err(stopped) => return self.stopped(stopped).await,
         };
+        leftovers::note(&self.r.settings().spool_dir, self.job.id, &plan.project_dir)
+            .await
+            .map_err(StepError::Note)?;
         let mut desk = self.open_desk(&prepared)?;
         if self.job.trace_len == 0 {
             self.write_head(&mut desk, plan);
@@ -149,7 +82,7 @@ impl Step<'_> {
             let text = "The runner was restarted while it made the job ready; it does so again.";
             desk.composer.remark(now, Style::Info, text, &mut desk.out);
         }
-        let (desk, ready) = self.get_sources(&prepared, plan, desk).await?;
+        let (desk, ready) = self.make_ready(&prepared, plan, desk).await?;
         if let Err(stopped) = ready {
             self.keep(desk).await?;
             return self.stopped(stopped).await;
@@ -190,7 +123,7 @@ impl Step<'_> {
     async fn stopped(&mut self, stopped: Stopped) -> Result<Flow, StepError> {
         match stopped {
             Stopped::Concluded(cause) => self.conclude(cause).await,
-            Stopped::Disowned => self.disown("canceled").await,
+            Stopped::Disowned(status) => self.disown(&status).await,
             Stopped::Shutdown => Ok(Flow::Rest),
         }
     }
@@ -201,65 +134,7 @@ impl Step<'_> {
         prepared: &Prepared,
     ) -> Result<Result<OwnedSemaphorePermit, Stopped>, StepError> {
         let workers = Arc::clone(&self.r.preparing);
-        self.wait_in_line(workers, prepared).await
-    }
-
-    /// Waits for a permit, with GitLab kept informed meanwhile.
-    async fn wait_in_line(
-        &mut self,
-        line: Arc<Semaphore>,
-        prepared: &Prepared,
-    ) -> Result<Result<OwnedSemaphorePermit, Stopped>, StepError> {
-        // One future for the whole wait: who asks anew goes to the end of the line.
-        let mut turn = std::pin::pin!(line.acquire_owned());
-        loop {
-            let wait = policy::touch_interval(self.r.desktop().owed);
-            // `turn` is polled again where it stopped; the others hold nothing.
-            tokio::select! {
-                turn = &mut turn => {
-                    return Ok(turn.map_err(|_closed| Stopped::Shutdown));
-                }
-                () = self.r.shutdown.cancelled() => return Ok(Err(Stopped::Shutdown)),
-                () = tokio::time::sleep(wait) => {}
-            }
-            if let Some(stopped) = self.still_wanted(prepared).await? {
-                return Ok(Err(stopped));
-            }
-        }
-    }
-
-    /// Tells how long GitLab has not heard of the job.
-    fn silence(&self) -> Duration {
-        let confirmed = self.job.ci_confirmed_at;
-        confirmed.map_or(Duration::MAX, |at| policy::since(self.now(), at))
-    }
-
-    /// Touches GitLab if it is time, and looks for a reason not to go on.
-    async fn still_wanted(&mut self, prepared: &Prepared) -> Result<Option<Stopped>, StepError> {
-        if let Some(row) = self.r.store.job(self.job.id).await?
-            && row.cancel_requested_at.is_some()
-        {
-            self.job.cancel_requested_at = row.cancel_requested_at;
-            self.job.cancel_requested_by = row.cancel_requested_by;
-        }
-        if self.silence() >= policy::touch_interval(self.r.desktop().owed) {
-            match self.touch(prepared).await {
-                Ok(Heard::Fine) => self.r.store.save(&self.job).await?,
-                Ok(Heard::Disowned(_status)) => return Ok(Some(Stopped::Disowned)),
-                Err(error) => tracing::warn!(
-                    job = %self.job.id, error = %Chain(&error),
-                    "GitLab could not be told of the job"
-                ),
-            }
-        }
-        if self.job.cancel_requested_at.is_some() {
-            return Ok(Some(Stopped::Concluded(Cause::CancelledEarly)));
-        }
-        if self.now() >= self.job.deadline_at {
-            let timeout_secs = prepared.payload.timeout_secs();
-            return Ok(Some(Stopped::Concluded(Cause::Deadline { timeout_secs, started: false })));
-        }
-        Ok(None)
+        self.wait_in_line(workers, prepared, Until::Cancelled).await
     }
 
     fn write_head(&self, desk: &mut Desk, plan: &Plan) {
@@ -285,75 +160,51 @@ impl Step<'_> {
         desk.composer.section_end(now, "prepare_script", &mut desk.out);
     }
 
-    /// Runs get_sources with its output carried into the trace and GitLab kept informed.
-    async fn get_sources(
+    /// Makes the workspace ready: sources first, then what goes into them.
+    async fn make_ready(
         &mut self,
         prepared: &Arc<Prepared>,
         plan: &Plan,
-        mut desk: Desk,
+        desk: Desk,
     ) -> Result<(Desk, Result<(), Stopped>), StepError> {
-        let now = self.line_time();
-        desk.composer.section_start(
-            now,
-            Section::new("get_sources"),
-            "Getting source from Git repository",
-            &mut desk.out,
-        );
+        let sources = Stage {
+            section: Some((Section::new("get_sources"), "Getting source from Git repository")),
+            until: Until::Cancelled,
+        };
         let sink = Sink::default();
-        let mut rest = Vec::new();
         let mut out = sink.clone();
-        let mut work = Box::pin(async move { plan.get_sources(&mut out).await });
-        let done = loop {
-            // `work` is polled again where it stopped; the sleep and the shutdown hold nothing.
-            tokio::select! {
-                done = &mut work => break Ok(done),
-                () = self.r.shutdown.cancelled() => break Err(Stopped::Shutdown),
-                () = tokio::time::sleep(HOLD_OUTPUT) => {}
-            }
-            // From here on the stage is worth watching live; if we die it is begun again, and says so.
-            sink.pour(&mut desk, self.line_time(), &mut rest, false);
-            desk = self.keep(desk).await?;
-            self.r.store.save(&self.job).await?;
-            let long = self.silence() >= policy::touch_interval(self.r.desktop().owed);
-            let confirmed = self.job.ci_confirmed_at;
-            if long || policy::may_send(self.now(), confirmed, self.update_interval()) {
-                match self.send_trace(prepared, &desk).await {
-                    Ok(Heard::Fine) => {}
-                    Ok(Heard::Disowned(_status)) => break Err(Stopped::Disowned),
-                    Err(error) => tracing::warn!(
-                        job = %self.job.id, error = %Chain(&error), "the trace waits"
-                    ),
-                }
-                if desk.spool.len() != self.job.trace_len {
-                    // GitLab had more than we do.
-                    desk.spool = self.open_desk(prepared)?.spool;
-                }
-            }
-            let asked = self.job.cancel_requested_at.is_some();
-            if (long || asked)
-                && let Some(stopped) = self.still_wanted(prepared).await?
-            {
-                break Err(stopped);
-            }
-        };
-        drop(work);
-        sink.pour(&mut desk, self.line_time(), &mut rest, true);
-        let ready = match done {
-            Err(stopped) => Err(stopped),
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(Stopped::Concluded(match error {
-                StageError::Failed { stage, exit_code } => {
-                    Cause::StageFailed { stage: stage.into(), exit_code }
-                }
-                StageError::TimedOut { stage } => Cause::StageTimedOut { stage: stage.into() },
-                StageError::Broken { stage, detail } => {
-                    Cause::StageBroken { stage: stage.into(), detail }
-                }
-                StageError::Misconfigured { detail } => Cause::Unrunnable { detail },
-            })),
-        };
-        if !matches!(ready, Err(Stopped::Shutdown)) {
-            desk.composer.section_end(self.line_time(), "get_sources", &mut desk.out);
+        let work = Box::pin(async move { plan.get_sources(&mut out).await });
+        let (mut desk, done) = self.stage(prepared, desk, sources, &sink, work).await?;
+        let mut ready = concluded(done);
+        if ready.is_ok() && plan.restores_caches() {
+            let restore = Stage {
+                section: Some((Section::new("restore_cache"), "Restoring cache")),
+                until: Until::Cancelled,
+            };
+            let caches = Arc::clone(&self.runner.caches);
+            let sink = Sink::default();
+            let mut out = sink.clone();
+            let work = Box::pin(async move { plan.restore_cache(&caches, &mut out).await });
+            let done;
+            (desk, done) = self.stage(prepared, desk, restore, &sink, work).await?;
+            ready = concluded(done);
+        }
+        if ready.is_ok() && plan.has_dependencies() {
+            let download = Stage {
+                section: Some((Section::new("download_artifacts"), "Downloading artifacts")),
+                until: Until::Cancelled,
+            };
+            let client = self.runner.client.clone();
+            let incoming = self.r.packed_dir(self.job.id).join("incoming");
+            let sink = Sink::default();
+            let mut out = sink.clone();
+            let work =
+                Box::pin(
+                    async move { plan.download_artifacts(&client, &incoming, &mut out).await },
+                );
+            let done;
+            (desk, done) = self.stage(prepared, desk, download, &sink, work).await?;
+            ready = concluded(done);
         }
         Ok((desk, ready))
     }
@@ -364,7 +215,7 @@ impl Step<'_> {
         let backend = Arc::clone(&self.backend);
         let lane = self.r.lane(&self.job.backend, backend.capabilities().max_concurrency.get());
         let answer = {
-            let _turn = match self.wait_in_line(lane, prepared).await? {
+            let _turn = match self.wait_in_line(lane, prepared, Until::Cancelled).await? {
                 Ok(turn) => turn,
                 // The next process cannot know that it was not called, and looks for it.
                 Err(Stopped::Shutdown) => return Ok(Flow::Rest),

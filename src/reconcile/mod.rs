@@ -15,9 +15,12 @@
 mod backends;
 mod desk;
 mod dispatch;
+mod finish;
+mod leftovers;
 mod observe;
 mod release;
 mod report;
+mod stage;
 #[cfg(test)]
 mod tests;
 
@@ -33,6 +36,9 @@ use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use crate::reconcile::leftovers::clear_leftovers;
+
+use crate::cache::CacheStore;
 use crate::domain::clock::Clock;
 use crate::domain::id::{BackendName, JobId, RunnerName};
 use crate::domain::job::JobState;
@@ -54,6 +60,8 @@ pub struct RunnerEntry {
     pub info: gitlab::Info,
     /// What jobs are made ready with.
     pub context: job::RunnerContext,
+    /// Where their caches are.
+    pub caches: Arc<CacheStore>,
     /// The submit node's name, for the trace.
     pub hostname: String,
     /// The most bytes of trace a job may have.
@@ -87,10 +95,14 @@ pub struct World {
 pub struct Settings {
     /// Where the spools are.
     pub spool_dir: Utf8PathBuf,
+    /// Where artifacts wait, packed, for GitLab.
+    pub artifacts_dir: Utf8PathBuf,
     /// How long a backend may leave a job out of good answers before it counts as lost.
     pub lost_after: Duration,
     /// How many jobs may be made ready at once.
     pub prepare_workers: usize,
+    /// How many jobs may be brought home at once.
+    pub finish_workers: usize,
     /// How many jobs may speak to GitLab or a backend at once.
     pub step_workers: usize,
     /// Where the fault-injection points are, for tests: named crash points at which the process aborts.
@@ -132,6 +144,7 @@ pub(in crate::reconcile) struct Inner {
     since: Timestamp,
     steps: Semaphore,
     preparing: Arc<Semaphore>,
+    finishing: Arc<Semaphore>,
     desk: Mutex<Desktop>,
 }
 
@@ -208,6 +221,8 @@ pub(in crate::reconcile) enum StepError {
     GitLab(#[source] gitlab::Error),
     #[error("tell GitLab: it answered {0}")]
     Busy(u16, Option<Duration>),
+    #[error("note the job's workspace")]
+    Note(#[source] std::io::Error),
     #[error("remove what the job left behind")]
     Leftovers(#[source] job::StageError),
     #[error("find {0} in the configuration")]
@@ -264,6 +279,7 @@ impl Reconciler {
             clock,
             steps: Semaphore::new(settings.step_workers.max(1)),
             preparing: Arc::new(Semaphore::new(settings.prepare_workers.max(1))),
+            finishing: Arc::new(Semaphore::new(settings.finish_workers.max(1))),
             settings: RwLock::new(settings),
             world: RwLock::new(Arc::new(world)),
             watcher,
@@ -482,7 +498,7 @@ impl Inner {
             JobState::Received => step.received(permit).await,
             JobState::Submitting => step.submitting(permit).await,
             JobState::Submitted | JobState::Running => step.in_flight().await,
-            JobState::Reporting => step.reporting().await,
+            JobState::Reporting => step.reporting(permit).await,
             JobState::Finished | JobState::Abandoned => step.over().await,
         };
         done.map_err(|error| (error, Some(Taken::of(&step.job))))
@@ -517,6 +533,7 @@ impl Inner {
             news,
             desk: None,
             more_log: false,
+            touch_tried: None,
         }))
     }
 
@@ -542,6 +559,7 @@ impl Inner {
             | StepError::Payload(_)
             | StepError::NoPayload
             | StepError::GitLab(_)
+            | StepError::Note(_)
             | StepError::Leftovers(_)
             | StepError::Unconfigured(_) => None,
         };
@@ -596,8 +614,16 @@ impl Inner {
             return Ok(());
         };
         let (runner, backend) = (Arc::clone(runner), Arc::clone(&backend.backend));
-        let mut step =
-            Step { r: self, job, runner, backend, news: None, desk: None, more_log: false };
+        let mut step = Step {
+            r: self,
+            job,
+            runner,
+            backend,
+            news: None,
+            desk: None,
+            more_log: false,
+            touch_tried: None,
+        };
         match step.touch_by_token().await? {
             Heard::Fine => self.store.save(&step.job).await?,
             Heard::Disowned(status) => {
@@ -667,6 +693,8 @@ struct Step<'a> {
     desk: Option<Desk>,
     /// The backend has more of the log than one step carries.
     more_log: bool,
+    /// When GitLab was last told, or not reached, in the middle of a stage.
+    touch_tried: Option<Timestamp>,
 }
 
 impl Step<'_> {

@@ -10,6 +10,7 @@ use crate::domain::policy;
 use crate::domain::verdict::{CancelledBy, Cause, Verdict};
 use crate::reconcile::backends::requeued;
 use crate::reconcile::desk::{Desk, Prepared};
+use crate::reconcile::finish::{leaves_something, may_leave_something};
 use crate::reconcile::report::Heard;
 use crate::reconcile::{Flow, News, Step, StepError};
 use crate::store::{CancelBy, EndedOutcome};
@@ -213,7 +214,12 @@ impl Step<'_> {
         style: Style,
         text: &str,
     ) -> Result<(), StepError> {
-        let prepared = self.prepared().await?;
+        let prepared = match self.prepared().await {
+            Ok(prepared) => prepared,
+            // A payload that cannot be read has no masks, so its trace stays as it is.
+            Err(StepError::Payload(_) | StepError::NoPayload) => return Ok(()),
+            Err(error) => return Err(error),
+        };
         let mut desk = self.take_desk(&prepared)?;
         desk.composer.remark(self.line_time(), style, text, &mut desk.out);
         self.keep(desk).await?;
@@ -228,7 +234,25 @@ impl Step<'_> {
             || (self.job.state == JobState::Running && self.backend.capabilities().live_log);
         let before = (self.job.log_offset, self.job.trace_len);
         if carries && !self.job.log_ended {
-            let prepared = self.prepared().await?;
+            let prepared = match self.prepared().await {
+                Ok(prepared) => prepared,
+                // Without its payload nothing of it can be shown, and GitLab cannot be told of it.
+                Err(StepError::Payload(_) | StepError::NoPayload) if ended.is_some() => {
+                    return self.conclude_ended(false).await;
+                }
+                Err(error @ (StepError::Payload(_) | StepError::NoPayload)) => {
+                    tracing::error!(
+                        job = %self.job.id, error = %Chain(&error),
+                        "a job whose payload is lost is ended"
+                    );
+                    self.request_end(CancelBy::Operator);
+                    self.job.due_at = self.next_look(now);
+                    self.r.store.save(&self.job).await?;
+                    self.r.moved(&self.job.backend, now);
+                    return Ok(Flow::Rest);
+                }
+                Err(error) => return Err(error),
+            };
             let desk = self.open_desk(&prepared)?;
             match self.pump(&prepared, desk).await {
                 Ok(desk) => self.desk = Some(desk),
@@ -432,22 +456,29 @@ impl Step<'_> {
                 if !verdict.is_success() {
                     self.close_sections(&mut desk)?;
                 }
-                let style = if verdict.is_success() { Style::Info } else { Style::Error };
-                let line = verdict.last_line();
-                let line = line.strip_prefix("ERROR: ").unwrap_or(&line);
-                desk.composer.remark(self.line_time(), style, line, &mut desk.out);
-                self.keep(desk).await?;
+                let left = !self.may_be_there()
+                    && may_leave_something(&cause, self.job.started_at.is_some())
+                    && prepared.plan.as_ref().is_ok_and(|plan| leaves_something(plan, &verdict));
+                if left {
+                    // The last line comes last.
+                    self.keep(desk).await?;
+                } else {
+                    self.write_last_line(&verdict, &mut desk);
+                    self.keep(desk).await?;
+                    self.job.brought_at = Some(now);
+                }
             }
             // A payload that cannot be read has no masks, so its trace stays empty.
             Err(StepError::Payload(_) | StepError::NoPayload) => {
                 verdict.failure = verdict.failure.map(|r| r.for_server(&[]));
+                self.job.brought_at = Some(now);
             }
             Err(error) => return Err(error),
         }
         if self.may_be_there() {
             // It may still be there; release waits until it is not.
             self.request_end(CancelBy::Deadline);
-        } else {
+        } else if self.job.brought_at.is_some() {
             self.forget_secrets().await;
         }
         let detail = serde_json::to_string(&verdict).ok();

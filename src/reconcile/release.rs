@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use crate::domain::policy;
 use crate::job;
 use crate::reconcile::dispatch::LOOK_AGAIN;
-use crate::reconcile::{Flow, News, Step, StepError};
+use crate::reconcile::{Flow, News, Step, StepError, leftovers};
 use crate::store::CancelBy;
 use crate::telemetry::Chain;
 
@@ -58,16 +58,21 @@ impl Step<'_> {
                 return Ok(flow);
             }
         }
-        if let Some(workspace) = &self.job.workspace
-            && let Err(error) = job::cleanup(workspace).await
-        {
-            if policy::since(now, self.job.state_at) < policy::LEFTOVERS_PATIENCE {
-                return Err(StepError::Leftovers(error));
+        if let Some(workspace) = &self.job.workspace {
+            match job::release(workspace).await {
+                Ok(()) => leftovers::drop_note(&self.r.settings().spool_dir, self.job.id).await,
+                Err(error) => {
+                    if policy::since(now, self.job.state_at) < policy::LEFTOVERS_PATIENCE {
+                        return Err(StepError::Leftovers(error));
+                    }
+                    // Its note stays: each start tries again.
+                    tracing::error!(
+                        job = %self.job.id, error = %Chain(&error), "private files of the job remain"
+                    );
+                }
             }
-            tracing::error!(
-                job = %self.job.id, error = %Chain(&error), "private files of the job remain"
-            );
         }
+        self.forget_packed().await;
         if let Some(job_ref) = self.job.job_ref() {
             self.call("release", self.backend.release(&job_ref))
                 .await

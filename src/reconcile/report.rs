@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Deserialize;
+use tokio::sync::SemaphorePermit;
 
 use crate::domain::job::{Event, JobState};
 use crate::domain::policy;
@@ -52,7 +53,7 @@ impl Step<'_> {
 
     /// The same without understanding the whole payload: ten thousand waiting jobs are touched.
     pub(in crate::reconcile) async fn touch_by_token(&mut self) -> Result<Heard, StepError> {
-        let text = self.r.store.payload(self.job.id).await?.ok_or(StepError::NoPayload)?;
+        let text = self.r.payload(self.job.id).await?;
         let only: TokenOnly = serde_json::from_str(text.expose()).map_err(StepError::Payload)?;
         drop(text);
         self.touch_with(&only.token).await
@@ -69,6 +70,8 @@ impl Step<'_> {
                 self.job.ci_confirmed_at = Some(self.now());
                 Ok(self.hear(job_status))
             }
+            // Not GitLab's word about a job, but of something in between; it is asked again.
+            UpdateReply::Ended { status: 404, job_status: None } => Err(StepError::Busy(404, None)),
             UpdateReply::Ended { status, job_status } => {
                 Ok(Heard::Disowned(status_word(job_status, status)))
             }
@@ -193,8 +196,16 @@ impl Step<'_> {
         Ok(())
     }
 
-    /// Tells GitLab the verdict, after the whole trace.
-    pub(in crate::reconcile) async fn reporting(&mut self) -> Result<Flow, StepError> {
+    /// Brings home what the job left behind; tells GitLab the verdict, after the whole trace.
+    pub(in crate::reconcile) async fn reporting(
+        &mut self,
+        permit: &mut Option<SemaphorePermit<'_>>,
+    ) -> Result<Flow, StepError> {
+        if self.job.brought_at.is_none()
+            && let Some(flow) = self.bring_home(permit).await?
+        {
+            return Ok(flow);
+        }
         let before = self.job.trace_sent;
         let told = self.tell_verdict().await;
         if told.is_err() && self.job.trace_sent != before {
@@ -206,7 +217,7 @@ impl Step<'_> {
     async fn tell_verdict(&mut self) -> Result<Flow, StepError> {
         let prepared = match self.prepared().await {
             Ok(prepared) => Some(prepared),
-            Err(StepError::Payload(_)) => None,
+            Err(StepError::Payload(_) | StepError::NoPayload) => None,
             Err(error) => return Err(error),
         };
         let token = match &prepared {
@@ -220,8 +231,12 @@ impl Step<'_> {
                 prepared.payload.token.clone()
             }
             None => {
-                let text = self.r.store.payload(self.job.id).await?.ok_or(StepError::NoPayload)?;
-                let Ok(only) = serde_json::from_str::<TokenOnly>(text.expose()) else {
+                let only = match self.r.payload(self.job.id).await {
+                    Ok(text) => serde_json::from_str::<TokenOnly>(text.expose()).ok(),
+                    Err(StepError::NoPayload) => None,
+                    Err(error) => return Err(error),
+                };
+                let Some(only) = only else {
                     // Without its token nobody can say anything about it; GitLab ends it.
                     return self.abandon("its payload cannot be read".to_owned()).await;
                 };

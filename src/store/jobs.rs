@@ -12,7 +12,7 @@ use crate::domain::job::{Event, JobState};
 use crate::gitlab::wire::Secret;
 use crate::store::events::{self, Actor};
 use crate::store::rows::{COLUMNS, CancelBy, Job};
-use crate::store::{Store, StoreError, database};
+use crate::store::{Store, StoreError, database, sealed};
 
 /// A job as the agent received it.
 #[derive(Clone, Debug)]
@@ -80,7 +80,7 @@ fn size(bytes: u64) -> i64 {
 ///
 /// A cancellation may have been noted by another process since the row was read; a fact that is there
 /// is never taken back.
-async fn update(
+pub(in crate::store) async fn update(
     connection: &mut SqliteConnection,
     name: &'static str,
     job: &Job,
@@ -155,8 +155,14 @@ impl Store {
     /// When the database does not take it.
     pub async fn receive(&self, new: NewJob) -> Result<Received, StoreError> {
         let hints = Arc::clone(&self.slots);
+        // Before it stands in line: nobody else's write waits for it.
+        let row = new.id.to_string();
+        let sealed = self
+            .keys
+            .seal(sealed::payload_of(&row), new.payload.expose().as_bytes())
+            .map_err(|source| sealed::unsealable(&row, source))?;
         self.write("jobs::receive", move |c| {
-            Box::pin(async move { receive(c, &new, &hints).await })
+            Box::pin(async move { receive(c, &new, sealed, &hints).await })
         })
         .await
     }
@@ -375,23 +381,24 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// When the database cannot be read.
+    /// When the database cannot be read, or the payload was sealed with a key that this store lacks.
     pub async fn payload(&self, id: JobId) -> Result<Option<Secret>, StoreError> {
-        let text: Option<String> = sqlx::query_scalar(
+        let sealed: Option<Vec<u8>> = sqlx::query_scalar(
             "-- jobs::payload
-             SELECT ci_payload FROM payloads WHERE job = ?",
+             SELECT sealed FROM payloads WHERE job = ?",
         )
         .bind(id.to_string())
         .fetch_optional(&self.read)
         .await
         .map_err(database("jobs::payload"))?;
-        Ok(text.map(Secret::new))
+        sealed.map(|sealed| sealed::open_payload(&self.keys, id, sealed)).transpose()
     }
 }
 
 async fn receive(
     c: &mut SqliteConnection,
     new: &NewJob,
+    sealed: Vec<u8>,
     hints: &SlotHints,
 ) -> Result<Received, StoreError> {
     let slot = free_slot(c, new, hints, None).await?;
@@ -426,10 +433,10 @@ async fn receive(
     }
     sqlx::query(
         "-- jobs::receive_payload
-         INSERT INTO payloads (job, ci_payload) VALUES (?, ?)",
+         INSERT INTO payloads (job, sealed) VALUES (?, ?)",
     )
     .bind(new.id.to_string())
-    .bind(new.payload.expose())
+    .bind(sealed)
     .execute(&mut *c)
     .await
     .map_err(database("jobs::receive_payload"))?;
@@ -513,8 +520,17 @@ async fn purge_payload(c: &mut SqliteConnection, job: JobId) -> Result<(), Store
          DELETE FROM payloads WHERE job = ?",
     )
     .bind(job.to_string())
-    .execute(c)
+    .execute(&mut *c)
     .await
     .map_err(database("jobs::purge_payload"))?;
+    // Names of artifacts may have been made of variables.
+    sqlx::query(
+        "-- jobs::purge_uploads
+         DELETE FROM uploads WHERE job = ?",
+    )
+    .bind(job.to_string())
+    .execute(c)
+    .await
+    .map_err(database("jobs::purge_uploads"))?;
     Ok(())
 }

@@ -7,11 +7,14 @@
 
 mod events;
 mod jobs;
+mod keyring;
 mod lock;
 mod query;
 mod rows;
+mod sealed;
 #[cfg(test)]
 mod tests;
+mod uploads;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,14 +33,18 @@ use tokio_util::task::TaskTracker;
 
 pub use crate::store::events::{Actor, EventRow};
 pub use crate::store::jobs::{NewJob, Received};
+pub use crate::store::keyring::{KeyFileError, KeyId, Keyring, SealError};
 pub use crate::store::lock::{Lock, LockError, network_file_system_of};
 pub use crate::store::query::{Count, Filter, Polled};
 pub use crate::store::rows::{CancelBy, EndedOutcome, Job};
+pub use crate::store::sealed::{LostRows, RekeyError, Rekeyed, Wanted, rekey};
+pub use crate::store::uploads::Upload;
 
 /// Every schema there ever was, oldest first.
 const MIGRATIONS: &[(i64, &str, &str)] = &[
     (1, "initial", include_str!("../../migrations/0001_initial.sql")),
     (2, "doubts_and_homecoming", include_str!("../../migrations/0002_doubts_and_homecoming.sql")),
+    (3, "sealed_payloads", include_str!("../../migrations/0003_sealed_payloads.sql")),
 ];
 
 /// The most writes that are committed together.
@@ -85,6 +92,17 @@ pub enum StoreError {
         column: &'static str,
         /// What is wrong with it.
         reason: String,
+    },
+    /// A sealed value does not open, or none can be sealed.
+    #[error("use the sealed value of {row} in {table}")]
+    Sealed {
+        /// The table.
+        table: &'static str,
+        /// The row's key.
+        row: String,
+        /// Why.
+        #[source]
+        source: SealError,
     },
     /// The job cannot make this transition.
     #[error(transparent)]
@@ -159,6 +177,48 @@ pub enum OpenError {
         #[source]
         source: sqlx::migrate::MigrateError,
     },
+    /// The key file is gone.
+    #[error(
+        "use the database {path}: what it holds of {jobs} jobs that are not over is sealed, and the key \
+         file {key_file} does not exist"
+    )]
+    KeyMissing {
+        /// The database.
+        path: Utf8PathBuf,
+        /// The file.
+        key_file: Utf8PathBuf,
+        /// How many jobs.
+        jobs: i64,
+    },
+    /// The key file is another one.
+    #[error(
+        "use the database {path}: what it holds of {jobs} jobs that are not over was sealed with a key \
+         that is not in {key_file}"
+    )]
+    KeyWrong {
+        /// The database.
+        path: Utf8PathBuf,
+        /// The file.
+        key_file: Utf8PathBuf,
+        /// How many jobs.
+        jobs: i64,
+    },
+    /// No key file could be made.
+    #[error("make a key")]
+    KeyFile {
+        /// Why.
+        #[source]
+        source: KeyFileError,
+    },
+    /// What an older bridge stored readable could not be sealed.
+    #[error("seal what an older bridge left in {path}")]
+    Seal {
+        /// The database.
+        path: Utf8PathBuf,
+        /// Why.
+        #[source]
+        source: StoreError,
+    },
     /// There is none.
     #[error("find a database at {path}")]
     Missing {
@@ -178,6 +238,7 @@ pub struct Store {
     path: Utf8PathBuf,
     writes: mpsc::Sender<OperationBox>,
     read: SqlitePool,
+    keys: Keyring,
     counters: Arc<Counters>,
     slots: Arc<jobs::SlotHints>,
     #[cfg(test)]
@@ -294,18 +355,24 @@ async fn schema_of(connection: &mut SqliteConnection) -> Result<i64, sqlx::Error
 impl Store {
     /// Opens the database in `state_dir` for writing, creating and migrating it as needed.
     ///
-    /// The writer runs on `tracker` and ends when every clone of the store is dropped.
+    /// The writer runs on `tracker` and ends when every clone of the store is dropped. A ring without
+    /// keys gets its first one, unless rows want others.
     ///
     /// # Errors
     ///
-    /// When the directory is unusable, or the database is damaged, newer than the program, or cannot be
-    /// migrated; it is unchanged then.
-    pub async fn open(state_dir: &Utf8Path, tracker: &TaskTracker) -> Result<Self, OpenError> {
-        Self::open_as(state_dir, tracker, Purpose::Serve).await
+    /// When the directory is unusable, or the database is damaged, newer than the program, sealed with
+    /// keys that are not there, or cannot be migrated; it is unchanged then.
+    pub async fn open(
+        state_dir: &Utf8Path,
+        keys: Keyring,
+        tracker: &TaskTracker,
+    ) -> Result<Self, OpenError> {
+        Self::open_as(state_dir, keys, tracker, Purpose::Serve).await
     }
 
     async fn open_as(
         state_dir: &Utf8Path,
+        keys: Keyring,
         tracker: &TaskTracker,
         purpose: Purpose,
     ) -> Result<Self, OpenError> {
@@ -329,6 +396,7 @@ impl Store {
                 source,
             })?;
         }
+        let keys = sealed::settle(&mut writer, &path, keys, purpose).await?;
         let read = SqlitePoolOptions::new()
             .max_connections(4)
             .min_connections(1)
@@ -352,6 +420,7 @@ impl Store {
             path,
             writes,
             read,
+            keys,
             counters,
             slots: Arc::default(),
             #[cfg(test)]
@@ -382,9 +451,29 @@ impl Store {
         .unwrap();
     }
 
+    /// Puts another payload in a job's row.
+    #[cfg(test)]
+    pub(crate) async fn forge_payload(&self, id: crate::domain::id::JobId, text: &str) {
+        let row = id.to_string();
+        let sealed = self.keys.seal(sealed::payload_of(&row), text.as_bytes()).unwrap();
+        self.write("tests::forge_payload", move |connection| {
+            Box::pin(async move {
+                sqlx::query("UPDATE payloads SET sealed = ? WHERE job = ?")
+                    .bind(sealed)
+                    .bind(row)
+                    .execute(connection)
+                    .await
+                    .map(drop)
+                    .map_err(database("tests::forge_payload"))
+            })
+        })
+        .await
+        .unwrap();
+    }
+
     /// Opens the database for an operator's command, with the daemon running or stopped.
     ///
-    /// Neither creates nor migrates; writes wait for the daemon's.
+    /// Neither creates nor migrates; writes wait for the daemon's. What is sealed stays so.
     ///
     /// # Errors
     ///
@@ -394,7 +483,7 @@ impl Store {
         if !path.exists() {
             return Err(OpenError::Missing { path });
         }
-        Self::open_as(state_dir, tracker, Purpose::Attach).await
+        Self::open_as(state_dir, Keyring::none(), tracker, Purpose::Attach).await
     }
 
     /// Runs a write of its own in an immediate transaction, durable when this returns.
@@ -495,6 +584,17 @@ impl Store {
     /// Gives the path of the database.
     pub fn path(&self) -> &Utf8Path {
         &self.path
+    }
+
+    /// Asks which keys the sealed rows want.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be read.
+    pub async fn wanted_keys(&self) -> Result<Wanted, StoreError> {
+        let failed = |source| database("sealed::wanted")(source);
+        let mut connection = self.read.acquire().await.map_err(failed)?;
+        sealed::wanted(&mut connection).await.map_err(failed)
     }
 
     /// Copies the database into a new file, consistent while the daemon writes.

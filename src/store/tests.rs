@@ -21,7 +21,7 @@ impl Bed {
     async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let tracker = TaskTracker::new();
-        let store = Store::open(path(&dir), &tracker).await.unwrap();
+        let store = Store::open(path(&dir), Keyring::for_tests(), &tracker).await.unwrap();
         Self { dir, tracker, store }
     }
 
@@ -274,7 +274,7 @@ async fn a_backup_is_a_database_and_private() {
     let other = tempfile::tempdir().unwrap();
     std::fs::copy(&to, database_path(path(&other))).unwrap();
     let tracker = TaskTracker::new();
-    let copy = Store::open(path(&other), &tracker).await.unwrap();
+    let copy = Store::open(path(&other), Keyring::for_tests(), &tracker).await.unwrap();
     assert_eq!(copy.list(&Filter::default()).await.unwrap().len(), 1);
     assert_eq!(copy.schema().await.unwrap(), known_schema());
 }
@@ -303,7 +303,8 @@ async fn a_database_from_the_future_is_refused_and_left_alone() {
         .unwrap();
     raw.close().await.unwrap();
     let before = std::fs::read(database_path(path(&dir))).unwrap();
-    let error = Store::open(path(&dir), &TaskTracker::new()).await.unwrap_err();
+    let error =
+        Store::open(path(&dir), Keyring::for_tests(), &TaskTracker::new()).await.unwrap_err();
     assert!(matches!(error, OpenError::Newer { found: 99, .. }), "{error}");
     assert_eq!(std::fs::read(database_path(path(&dir))).unwrap(), before);
 }
@@ -314,7 +315,7 @@ async fn a_database_of_an_earlier_schema_is_migrated_with_all_it_holds() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::copy(old, database_path(path(&dir))).unwrap();
     let tracker = TaskTracker::new();
-    let store = Store::open(path(&dir), &tracker).await.unwrap();
+    let store = Store::open(path(&dir), Keyring::for_tests(), &tracker).await.unwrap();
     assert_eq!(store.schema().await.unwrap(), known_schema());
     assert!(store.check().await.unwrap().is_empty());
     let mut jobs = store.list(&Filter::default()).await.unwrap();
@@ -332,7 +333,8 @@ async fn a_database_of_an_earlier_schema_is_migrated_with_all_it_holds() {
 async fn a_damaged_database_is_named_so() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(database_path(path(&dir)), vec![7_u8; 8192]).unwrap();
-    let error = Store::open(path(&dir), &TaskTracker::new()).await.unwrap_err();
+    let error =
+        Store::open(path(&dir), Keyring::for_tests(), &TaskTracker::new()).await.unwrap_err();
     assert!(matches!(error, OpenError::Damaged { .. }), "{error}");
 }
 
@@ -363,4 +365,215 @@ async fn a_database_that_another_process_keeps_locked_is_waited_for() {
 #[test]
 fn times_far_away_do_not_overflow() {
     assert_eq!(after(Timestamp::MAX, Duration::from_secs(1)), Timestamp::MAX);
+}
+
+/// A database as the first schema left it, with what it holds readable.
+async fn first_schema(dir: &Utf8Path, jobs: i64) {
+    let mut raw = options(&database_path(dir)).create_if_missing(true).connect().await.unwrap();
+    let all = migrator();
+    let first = all.iter().take(1).cloned().collect::<Vec<_>>();
+    Migrator::with_migrations(first).run(&mut raw).await.unwrap();
+    for n in 0..jobs {
+        let job = new_job(n);
+        sqlx::query(
+            "INSERT INTO jobs (id, runner, ci_url, ci_job, ci_pipeline, project_id, project, name,
+                 backend, state, received_at, deadline_at, state_at, due_at, slot, project_slot)
+             VALUES (?1, 'r', 'u', ?2, 1, 7, 'p', 'n', 'b', 'received', 0, 0, 0, 0, ?2, ?2)",
+        )
+        .bind(job.id.to_string())
+        .bind(n)
+        .execute(&mut raw)
+        .await
+        .unwrap();
+        sqlx::query("INSERT INTO payloads (job, ci_payload) VALUES (?, ?)")
+            .bind(job.id.to_string())
+            .bind(job.payload.expose())
+            .execute(&mut raw)
+            .await
+            .unwrap();
+    }
+    raw.close().await.unwrap();
+}
+
+/// Looks for a text in every file below a directory.
+fn found_below(dir: &std::path::Path, text: &[u8]) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(found_below(&path, text));
+        } else if std::fs::read(&path).unwrap().windows(text.len()).any(|w| w == text) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+#[tokio::test]
+async fn what_an_older_bridge_left_readable_is_sealed_at_the_next_start() {
+    let dir = tempfile::tempdir().unwrap();
+    first_schema(path(&dir), 150).await;
+    assert!(!found_below(dir.path(), b"hunter77").is_empty(), "it was readable");
+    let tracker = TaskTracker::new();
+    let store = Store::open(path(&dir), Keyring::for_tests(), &tracker).await.unwrap();
+    for n in 0..150 {
+        let payload = store.payload(new_job(n).id).await.unwrap().unwrap();
+        assert_eq!(payload.expose(), new_job(n).payload.expose());
+    }
+    let wanted = store.wanted_keys().await.unwrap();
+    assert_eq!((wanted.unsealed, wanted.keys.values().sum::<i64>()), (0, 150));
+    for n in [0, 77, 149] {
+        let found = found_below(dir.path(), format!("hunter{n}\"").as_bytes());
+        assert!(found.is_empty(), "{n} still stands in {found:?}");
+    }
+    assert!(store.check().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn no_secret_is_readable_in_the_files_while_a_job_lives() {
+    let bed = Bed::new().await;
+    received(&bed.store, 1).await;
+    assert!(found_below(&bed.path().into_std_path_buf(), b"hunter1").is_empty());
+}
+
+#[tokio::test]
+async fn the_first_start_makes_a_key_and_a_missing_or_other_key_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, key) = (path(&dir).join("state"), path(&dir).join("bridge.key"));
+    let tracker = TaskTracker::new();
+    let open = async || {
+        let ring = Keyring::read(&key).unwrap();
+        Store::open(&state, ring, &tracker).await
+    };
+    let store = open().await.unwrap();
+    assert!(key.exists());
+    let job = received(&store, 1).await;
+    drop(store);
+
+    let kept = path(&dir).join("kept");
+    std::fs::rename(&key, &kept).unwrap();
+    let error = open().await.unwrap_err();
+    let text = error.to_string();
+    assert!(matches!(error, OpenError::KeyMissing { jobs: 1, .. }), "{text}");
+    assert!(text.contains("bridge.key") && text.contains("1 jobs"), "{text}");
+    assert!(!key.exists(), "no other key was made in its place");
+
+    let other = Keyring::read(&key).unwrap().create().unwrap();
+    let error = open().await.unwrap_err();
+    assert!(matches!(error, OpenError::KeyWrong { jobs: 1, .. }), "{error}");
+    assert_eq!(Keyring::read(&key).unwrap().ids(), other.ids());
+
+    let reader = Store::attach(&state, &tracker).await.unwrap();
+    assert_eq!(reader.list(&Filter::default()).await.unwrap().len(), 1, "operators need no key");
+    assert!(matches!(reader.payload(job.id).await, Err(StoreError::Sealed { .. })));
+
+    std::fs::rename(&kept, &key).unwrap();
+    let store = open().await.unwrap();
+    assert!(store.payload(job.id).await.unwrap().unwrap().expose().contains("hunter1"));
+}
+
+/// A state directory with sealed jobs, and its key file.
+struct Keyed {
+    _dir: tempfile::TempDir,
+    state: Utf8PathBuf,
+    key: Utf8PathBuf,
+    tracker: TaskTracker,
+}
+
+impl Keyed {
+    async fn with_jobs(jobs: i64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, key) = (path(&dir).join("state"), path(&dir).join("bridge.key"));
+        let keyed = Self { _dir: dir, state, key, tracker: TaskTracker::new() };
+        let store = keyed.open().await;
+        for n in 0..jobs {
+            received(&store, n).await;
+        }
+        keyed
+    }
+
+    async fn open(&self) -> Store {
+        let ring = Keyring::read(&self.key).unwrap();
+        Store::open(&self.state, ring, &self.tracker).await.unwrap()
+    }
+
+    async fn assert_all_open(&self, jobs: i64) {
+        let store = self.open().await;
+        for n in 0..jobs {
+            let payload = store.payload(new_job(n).id).await.unwrap().unwrap();
+            assert_eq!(payload.expose(), new_job(n).payload.expose());
+        }
+    }
+
+    /// Exchanges keys, and dies at a point when it is reached for the `nth` time.
+    async fn rekey(&self, die_at: &'static str, nth: usize) -> Option<Rekeyed> {
+        let (state, key) = (self.state.clone(), self.key.clone());
+        let seen = AtomicU64::new(0);
+        let task = TaskTracker::new().spawn(async move {
+            let lock = Lock::acquire(&state).unwrap();
+            rekey(&state, &key, &lock, LostRows::Refuse, &|name| {
+                let times = seen.fetch_add(u64::from(name == die_at), Ordering::Relaxed) + 1;
+                assert!(name != die_at || times != nth as u64, "dies here");
+            })
+            .await
+            .unwrap()
+        });
+        task.await.ok()
+    }
+}
+
+#[tokio::test]
+async fn keys_are_exchanged_and_the_old_one_is_of_no_use_any_more() {
+    let keyed = Keyed::with_jobs(150).await;
+    let before = Keyring::read(&keyed.key).unwrap();
+    let done = keyed.rekey("", 0).await.unwrap();
+    assert_eq!((done.rows, done.lost, done.resumed), (150, 0, false));
+    let after = Keyring::read(&keyed.key).unwrap();
+    assert_eq!(after.ids(), [done.key]);
+    assert_ne!(after.ids(), before.ids());
+    keyed.assert_all_open(150).await;
+    let store = keyed.open().await;
+    let wanted = store.wanted_keys().await.unwrap();
+    assert_eq!(wanted.lost_without(&before), 150);
+    drop(store);
+    assert_eq!(keyed.rekey("", 0).await.unwrap().rows, 150, "and once more");
+}
+
+#[tokio::test]
+async fn an_exchange_of_keys_that_dies_anywhere_loses_nothing_and_is_finished_by_the_next() {
+    for (point, nth) in
+        [("rekey_added", 1), ("rekey_batch", 1), ("rekey_batch", 2), ("rekey_sealed", 1)]
+    {
+        let keyed = Keyed::with_jobs(150).await;
+        assert!(keyed.rekey(point, nth).await.is_none(), "it died at {point}");
+        assert_eq!(Keyring::read(&keyed.key).unwrap().ids().len(), 2, "{point}: both are there");
+        // A daemon may run in between, and take jobs.
+        let store = keyed.open().await;
+        received(&store, 150).await;
+        drop(store);
+        keyed.assert_all_open(151).await;
+        let done = keyed.rekey("", 0).await.unwrap();
+        assert!(done.resumed, "{point}");
+        assert_eq!(Keyring::read(&keyed.key).unwrap().ids(), [done.key]);
+        keyed.assert_all_open(151).await;
+    }
+    let keyed = Keyed::with_jobs(3).await;
+    assert!(keyed.rekey("rekey_done", 1).await.is_none());
+    assert_eq!(Keyring::read(&keyed.key).unwrap().ids().len(), 1);
+    keyed.assert_all_open(3).await;
+}
+
+#[tokio::test]
+async fn what_was_sealed_with_a_lost_key_is_given_up_only_on_request() {
+    let keyed = Keyed::with_jobs(3).await;
+    std::fs::remove_file(&keyed.key).unwrap();
+    let lock = Lock::acquire(&keyed.state).unwrap();
+    let call = async |lost| rekey(&keyed.state, &keyed.key, &lock, lost, &|_name| {}).await;
+    let error = call(LostRows::Refuse).await.unwrap_err();
+    assert!(matches!(error, RekeyError::Open(OpenError::KeyMissing { jobs: 3, .. })), "{error}");
+    let done = call(LostRows::GiveUp).await.unwrap();
+    assert_eq!(done.lost, 3);
+    let store = keyed.open().await;
+    let payload = store.payload(new_job(1).id).await.unwrap().unwrap();
+    assert_eq!(payload.expose(), "", "the row is there, and says nothing");
 }

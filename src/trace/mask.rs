@@ -18,9 +18,10 @@
 //!
 //! # How it is fast
 //!
-//! Nearly all bytes of a log begin no secret. A table of what secrets begin with is looked up for
-//! every byte; only where it says yes does the automaton run, until no secret can be under
-//! way any more. Neither depends on the number of secrets, and no input makes it worse than linear.
+//! Nearly all bytes of a log begin no secret. Samples of the text are looked up in tables of what secrets
+//! begin with ([`starts`](super::starts)); only where these cannot rule it out does the automaton run,
+//! until no secret can be under way any more. Neither depends on the number of secrets, and no input
+//! makes it worse than linear.
 
 use std::fmt;
 
@@ -28,7 +29,9 @@ use aho_corasick::automaton::{Automaton as _, StateID};
 use aho_corasick::nfa::contiguous::NFA;
 use aho_corasick::{Anchored, MatchKind};
 
+use super::forms::with_forms;
 use super::scan::{MaskState, RunKind, Scan, URL_KEYS, ends_parameter, incomplete_from};
+use super::starts::Starts;
 
 /// What stands in the trace instead of a secret.
 pub const MASKED: &[u8] = b"[MASKED]";
@@ -87,63 +90,6 @@ pub struct Masker {
     longest: usize,
 }
 
-/// What patterns begin with: a set of hashes of their first bytes.
-struct Starts {
-    bits: Box<[u64; 1024]>,
-    /// The bytes that are hashed: the first three, or two where there is a shorter pattern.
-    hashed: u64,
-    single: [bool; 256],
-}
-
-impl Starts {
-    fn new(shortest: usize) -> Self {
-        let hashed = if shortest < 3 { 0xffff } else { 0x00ff_ffff };
-        Self { bits: Box::new([0; 1024]), hashed, single: [false; 256] }
-    }
-
-    fn slot(&self, first_bytes: u64) -> (usize, u64) {
-        let hash = (first_bytes & self.hashed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
-        (usize::try_from(hash >> 6).unwrap_or(0), hash & 63)
-    }
-
-    fn insert(&mut self, pattern: &[u8]) {
-        match *pattern {
-            [] => return,
-            [only] => (0..=u8::MAX).for_each(|next| self.insert_hash(&[only, next])),
-            [..] => self.insert_hash(pattern),
-        }
-        self.single[usize::from(pattern[0])] = true;
-    }
-
-    fn insert_hash(&mut self, pattern: &[u8]) {
-        let mut first_bytes = [0; 8];
-        first_bytes.iter_mut().zip(pattern).for_each(|(to, from)| *to = *from);
-        let (word, bit) = self.slot(u64::from_le_bytes(first_bytes));
-        self.bits[word] |= 1 << bit;
-    }
-
-    /// Finds the next place at or after `from` where a pattern may begin; `bytes.len()` if none.
-    #[inline]
-    fn next(&self, bytes: &[u8], from: usize) -> usize {
-        /// So many places have three bytes in a word of eight.
-        const PLACES: usize = 6;
-        let mut at = from;
-        while let Some(word) = bytes[at..].first_chunk() {
-            let word = u64::from_le_bytes(*word);
-            let hits = (0..PLACES).fold(0, |hits, place| {
-                let (index, bit) = self.slot(word >> (8 * place));
-                hits | ((self.bits[index] >> bit) & 1) << place
-            });
-            if hits != 0 {
-                return at + usize::try_from(hits.trailing_zeros()).unwrap_or(0);
-            }
-            at += PLACES;
-        }
-        let rest = bytes[at..].iter().position(|byte| self.single[usize::from(*byte)]);
-        rest.map_or(bytes.len(), |place| at + place)
-    }
-}
-
 impl fmt::Debug for Masker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Masker").field("patterns", &self.is_prefix.len()).finish_non_exhaustive()
@@ -193,6 +139,19 @@ impl Masker {
         Self::build(&patterns)
     }
 
+    /// Makes a masker for secrets in whatever form they may be printed: as they are, line by line, within
+    /// base64, URLs and JSON, and as a shell shows them.
+    ///
+    /// # Errors
+    ///
+    /// As [`Masker::new`].
+    pub fn of_secrets<P: AsRef<str>, T: AsRef<str>>(
+        secrets: impl IntoIterator<Item = P>,
+        prefixes: impl IntoIterator<Item = T>,
+    ) -> Result<Self, MaskError> {
+        Self::new(with_forms(secrets), prefixes)
+    }
+
     fn build(patterns: &[(Vec<u8>, bool)]) -> Result<Self, MaskError> {
         let nfa = NFA::builder()
             .match_kind(MatchKind::Standard)
@@ -205,8 +164,6 @@ impl Masker {
         let mut depth = vec![0_u16; root.as_usize() + 1];
         let mut live = depth.clone();
         let mut ends = Vec::with_capacity(patterns.len());
-        let mut starts =
-            Starts::new(patterns.first().map_or(usize::MAX, |(pattern, _)| pattern.len()));
         for (pattern, _) in patterns {
             let mut state = root;
             for (before, byte) in pattern.iter().enumerate() {
@@ -221,7 +178,6 @@ impl Masker {
                 depth[state.as_usize()] = u16::try_from(before + 1).unwrap_or(u16::MAX);
             }
             ends.push(state);
-            starts.insert(pattern);
         }
         // A state where every pattern is complete is as live as the longest other beginning that ends
         // there. That one is shorter, so in order of length it is known already.
@@ -233,14 +189,7 @@ impl Masker {
                 live[end.as_usize()] = live[other.as_usize()];
             }
         }
-        for key in URL_KEYS {
-            for first in [key[0], key[0].to_ascii_uppercase()] {
-                for second in [key[1], key[1].to_ascii_uppercase()] {
-                    starts.insert(&[b'?', first, second]);
-                    starts.insert(&[b'&', first, second]);
-                }
-            }
-        }
+        let starts = Starts::new(patterns.iter().map(|(pattern, _)| pattern.as_slice()), &URL_KEYS);
         Ok(Self {
             root,
             is_prefix: patterns.iter().map(|(_, is_prefix)| *is_prefix).collect(),

@@ -10,11 +10,13 @@
 //! Nothing in here knows jobs, GitLab or backends, and nothing reads the time.
 
 pub mod compose;
+mod forms;
 pub mod mask;
 mod parts;
 pub mod scan;
 pub mod sections;
 pub mod spool;
+mod starts;
 pub mod timestamps;
 
 #[cfg(test)]

@@ -51,7 +51,10 @@ async fn a_cancelled_job_stops_and_its_after_script_knows() {
     assert_eq!(job.final_update.as_ref().unwrap().state, "failed");
     assert!(!is_alive(pid), "the script's shell is gone");
     let text = text_of(&job);
-    assert!(text.contains("script canceled externally (UI, API)"), "{text}");
+    assert!(
+        text.contains("the script was stopped: the job was cancelled or its time was up"),
+        "{text}"
+    );
     assert!(text.contains("\nafter: canceled, 42\n"), "{text}");
     assert!(text.ends_with("ERROR: Job failed: canceled\u{1b}[0;m\n"), "{text:?}");
     bed.nothing_owed().await;

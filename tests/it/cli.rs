@@ -305,7 +305,7 @@ async fn the_database_is_checked_backed_up_and_pruned() {
     let scene = Scene::new().await;
     let Scene { bed, daemon: _, good, bad, long } = &scene;
     insta::with_settings!({ filters => filters(bed.dir.path().to_str().unwrap()) }, {
-        insta::assert_snapshot!(err(&bed.run(&["db", "check"])), @"DIR/state/bridge.db: schema 1, no damage found");
+        insta::assert_snapshot!(err(&bed.run(&["db", "check"])), @"DIR/state/bridge.db: schema 3, no damage found");
     });
     let to = bed.path("backup/bridge.db");
     std::fs::create_dir(bed.path("backup")).unwrap();

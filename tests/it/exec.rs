@@ -310,3 +310,136 @@ fn the_example_passes_on_slurm() {
     assert_eq!(names.lines().count(), 7, "seven of eight jobs ran, all over there: {names}");
     assert_eq!(folder.left(), Vec::<PathBuf>::new());
 }
+
+#[test]
+fn the_list_shows_jobs_and_why_others_are_left_out_and_runs_nothing() {
+    let folder = Folder::new(
+        "include: ci/more.yml\nstages: [build, test]\n\
+         make: {stage: build, script: touch made, parallel: {matrix: [{CC: [gcc, clang]}]}}\n\
+         check: {stage: test, needs: [make], script: x, allow_failure: {exit_codes: [3]}}\n\
+         tagged: {stage: test, script: x, rules: [{if: $CI_COMMIT_TAG}]}\n\
+         child: {stage: test, trigger: {include: x.yml}}\n",
+    );
+    std::fs::create_dir(folder.path("project/ci")).unwrap();
+    std::fs::write(
+        folder.path("project/ci/more.yml"),
+        "ship: {stage: test, script: x, rules: [{if: $WHERE == 'here', when: manual}]}\n",
+    )
+    .unwrap();
+    let output = folder.run(&["exec", "--list", "--var", "WHERE=here"]);
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    insta::assert_snapshot!(out(&output), @r"
+    STAGE  JOB            WHEN        NEEDS                       NOTE
+    build  make: [gcc]    on_success  earlier stages
+    build  make: [clang]  on_success  earlier stages
+    test   ship           manual      earlier stages              blocks until run
+    test   check          on_success  make: [gcc], make: [clang]  may fail with 3
+    test   tagged         never                                   no rule fits
+    test   child          never                                   a `trigger` job
+    ");
+    insta::assert_snapshot!(err(&output), @r"
+    ./.gitlab-ci.yml:6: job `child`: `trigger`, which starts another pipeline, is not supported; the job is left out
+    ");
+    let output = folder.run(&["exec", "--list", "--json"]);
+    insta::assert_snapshot!(out(&output), @r#"
+    {"allow_failure":false,"dependencies":null,"file":"./.gitlab-ci.yml","in_pipeline":true,"job":"make: [gcc]","line":3,"needs":null,"stage":"build","when":"on_success"}
+    {"allow_failure":false,"dependencies":null,"file":"./.gitlab-ci.yml","in_pipeline":true,"job":"make: [clang]","line":3,"needs":null,"stage":"build","when":"on_success"}
+    {"allow_failure":{"exit_codes":[3]},"dependencies":null,"file":"./.gitlab-ci.yml","in_pipeline":true,"job":"check","line":4,"needs":["make: [gcc]","make: [clang]"],"stage":"test","when":"on_success"}
+    {"in_pipeline":false,"job":"ship","stage":"test","why":"no rule fits"}
+    {"in_pipeline":false,"job":"tagged","stage":"test","why":"no rule fits"}
+    {"in_pipeline":false,"job":"child","stage":"test","why":"a `trigger` job"}
+    "#);
+    assert_eq!(folder.left(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn one_job_runs_with_those_it_needs_and_no_others() {
+    let folder = Folder::new(
+        "stages: [one, two]\n\
+         a: {stage: one, script: echo a}\n\
+         b: {stage: one, script: exit 1}\n\
+         hand: {stage: two, needs: [a], when: manual, script: echo by hand}\n\
+         never: {stage: two, script: x, rules: [{when: never}]}\n",
+    );
+    let output = folder.run(&["exec", "--job", "hand"]);
+    let said = err(&output);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.lines().any(|line| line.starts_with("hand") && line.contains("passed")), "{said}");
+    assert!(!said.lines().any(|line| line.starts_with("b ")), "{said}");
+    let output = folder.run(&["exec", "--job", "never"]);
+    assert_eq!(output.status.code(), Some(3));
+    insta::assert_snapshot!(err(&output), @r"
+    error: cannot run the job never: it is not in the pipeline: the rule at ./.gitlab-ci.yml:5 says never
+    hint: --list shows the jobs
+    ");
+}
+
+#[test]
+fn variables_inputs_and_the_local_commit_reach_the_jobs() {
+    let folder = Folder::new(
+        "spec: {inputs: {whom: {default: nobody}}}\n---\n\
+         variables: {GREETING: hello, RAW: {value: $GREETING, expand: false}}\n\
+         greet:\n  parallel: {matrix: [{N: [one, two]}]}\n  script:\n\
+         \x20   - echo \"$GREETING $[[ inputs.whom ]] $N $CI_NODE_INDEX/$CI_NODE_TOTAL\"\n\
+         \x20   - echo \"on $CI_COMMIT_BRANCH of $CI_PROJECT_PATH with $RAW\"\n",
+    );
+    std::fs::write(folder.path("vars"), "GREETING=hi\n").unwrap();
+    let output = folder.run(&[
+        "exec",
+        "--trace",
+        "--input",
+        "whom=you",
+        "--variables-file",
+        "../vars",
+        "--var",
+        "GREETING=good day",
+    ]);
+    let (out, err) = (out(&output), err(&output));
+    assert!(output.status.success(), "{err}");
+    assert!(out.contains("\ngood day you one 1/2\n"), "{out}");
+    assert!(out.contains("\ngood day you two 2/2\n"), "{out}");
+    assert!(out.contains("\non main of exec/project with $GREETING\n"), "{out}");
+    let output = folder.run(&["exec", "--var", "nonsense"]);
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn a_job_with_retry_runs_again_before_it_counts_as_failed() {
+    let folder = Folder::new(
+        "flaky:\n  retry: {max: 2, exit_codes: [3]}\n  script: 'test -e $MARK || { touch $MARK; exit 3; }'\n\
+         hopeless: {retry: {max: 2, exit_codes: [3]}, script: exit 4, allow_failure: true}\n",
+    );
+    let mark = folder.path("mark");
+    let output = folder.run(&["exec", "--var", &format!("MARK={}", mark.display())]);
+    let said = err(&output);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("flaky: retry 1 of 2\n"), "{said}");
+    assert!(!said.contains("hopeless: retry"), "{said}");
+}
+
+#[test]
+fn artifacts_go_to_those_who_need_them_and_into_the_folder_and_caches_stay() {
+    let folder = Folder::new(
+        "stages: [build, test]\n\
+         make:\n  stage: build\n  cache: {key: k, paths: [kept]}\n  script:\n\
+         \x20   - mkdir -p kept out\n    - date +%s%N >> kept/runs\n    - wc -l < kept/runs > out/count\n\
+         \x20   - echo VERSION=7 > v.env\n\
+         \x20 artifacts: {paths: [out/], reports: {dotenv: v.env}}\n\
+         other: {stage: build, script: 'echo no > no', artifacts: {paths: ['no']}}\n\
+         use:\n  stage: test\n  dependencies: [make]\n\
+         \x20 script: ['cat out/count', 'test ! -e no', 'echo version $VERSION']\n\
+         all: {stage: test, script: ['cat out/count no']}\n\
+         none: {stage: test, needs: [{job: make, artifacts: false}], script: ['test ! -e out']}\n",
+    );
+    for run in ["1", "2"] {
+        let output = folder.run(&["exec", "--trace", "--artifacts", "../kept"]);
+        let (out, err) = (out(&output), err(&output));
+        assert_eq!(output.status.code(), Some(0), "{err}\n{out}");
+        let count = std::fs::read_to_string(folder.path("kept/make/out/count")).unwrap();
+        assert_eq!(count.trim(), run, "the cache came back: {out}");
+        assert!(out.contains("\nversion 7\n"), "{out}");
+        assert_eq!(std::fs::read_to_string(folder.path("kept/other/no")).unwrap(), "no\n");
+        assert!(folder.path("kept/make/.reports/dotenv").is_dir());
+    }
+    assert_eq!(std::fs::read_dir(folder.path("home/.cache/bridge/exec")).unwrap().count(), 1);
+}

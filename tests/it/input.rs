@@ -139,7 +139,7 @@ async fn unrunnable(bed: &Bed, job: NewJob) -> String {
 async fn a_job_that_cannot_be_run_says_why_in_its_trace() {
     let bed = Bed::local().await;
     let _daemon = bed.serve();
-    let run = json!({ "run": "[{\"name\":\"hello\",\"script\":\"echo hello\"}]" });
+    let run = json!({ "run": "[{\"name\":\"hello\",\"script\":\"echo hello\"}]", "steps": [] });
     insta::assert_snapshot!(unrunnable(&bed, bed.counting("steps").payload(run)).await, @"Job failed: this runner does not run CI steps (`run:`); use `script:` instead");
     let mut large = bed.counting("large");
     for n in 0..50 {
@@ -332,10 +332,10 @@ async fn a_database_from_the_future_is_refused_and_left_alone() {
     raw.close().await.unwrap();
     let before = files(&bed);
     insta::assert_snapshot!(refusal(&bed, &bed.run(&["serve"]), 1), @r"
-    error: cannot start: use the database DIR/state/bridge.db: a newer bridge wrote it (schema 99, this one knows 1)
+    error: cannot start: use the database DIR/state/bridge.db: a newer bridge wrote it (schema 99, this one knows 3)
     hint: start the newer bridge again, or restore a backup made before the upgrade
     ");
-    insta::assert_snapshot!(refusal(&bed, &bed.run(&["jobs", "list"]), 1), @"error: cannot use the database DIR/state/bridge.db: a newer bridge wrote it (schema 99, this one knows 1)");
+    insta::assert_snapshot!(refusal(&bed, &bed.run(&["jobs", "list"]), 1), @"error: cannot use the database DIR/state/bridge.db: a newer bridge wrote it (schema 99, this one knows 3)");
     assert!(files(&bed) == before, "the database was changed");
 }
 

@@ -8,10 +8,13 @@ use std::path::{Path, PathBuf};
 /// What each module of the crate may use, besides itself.
 const EDGES: &[(&str, &[&str])] = &[
     ("agent", &["domain", "gitlab", "reconcile", "store", "telemetry"]),
+    ("archive", &[]),
+    ("cache", &["domain"]),
     (
         "cli",
         &[
             "agent",
+            "archive",
             "config",
             "coordinator",
             "daemon",
@@ -20,17 +23,19 @@ const EDGES: &[(&str, &[&str])] = &[
             "http",
             "pipeline",
             "registry",
+            "rotation",
             "store",
             "telemetry",
             "trace",
         ],
     ),
-    ("config", &["domain", "gitlab", "telemetry"]),
+    ("config", &["cache", "domain", "gitlab", "telemetry"]),
     ("coordinator", &[]),
     (
         "daemon",
         &[
             "agent",
+            "cache",
             "config",
             "domain",
             "gitlab",
@@ -44,10 +49,11 @@ const EDGES: &[(&str, &[&str])] = &[
     ("domain", &[]),
     ("gitlab", &["domain"]),
     ("http", &["config", "telemetry"]),
-    ("job", &["domain", "gitlab"]),
+    ("job", &["archive", "cache", "domain", "gitlab"]),
     ("pipeline", &[]),
-    ("reconcile", &["domain", "gitlab", "job", "store", "telemetry", "trace"]),
+    ("reconcile", &["cache", "domain", "gitlab", "job", "store", "telemetry", "trace"]),
     ("registry", &["config", "domain"]),
+    ("rotation", &["agent", "config", "daemon", "domain", "gitlab", "reconcile", "telemetry"]),
     ("store", &["domain", "gitlab"]),
     ("telemetry", &[]),
     ("trace", &[]),
@@ -57,8 +63,9 @@ const EDGES: &[(&str, &[&str])] = &[
 const PLACES: &[(&str, &[&str])] = &[
     ("sqlx::", &["src/store"]),
     ("println!", &["src/cli/output.rs"]),
-    ("reqwest::", &["src/gitlab"]),
+    ("reqwest::", &["src/cache/s3", "src/gitlab"]),
     ("axum::", &["src/http.rs", "src/coordinator"]),
+    ("chacha20poly1305::", &["src/store/keyring.rs"]),
 ];
 
 /// Files of a workspace are touched here alone.

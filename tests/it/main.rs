@@ -9,6 +9,7 @@
     reason = "helpers of tests fail as tests do"
 )]
 
+mod ancestor;
 mod cancel;
 mod cli;
 mod crash;
@@ -18,6 +19,8 @@ mod layering;
 mod lifecycle;
 mod outage;
 mod readme;
+mod rotation;
+mod secrets;
 mod slurm;
 mod support;
 mod trace;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Instant;
 
-use bridge::coordinator::{Coordinator, NewJob, Options, RunnerOptions, Status};
+use bridge::coordinator::{AccessToken, Coordinator, NewJob, Options, RunnerOptions, Status};
 
 use crate::support::slurm::{self, Cluster};
 use crate::support::{BRIDGE, PATIENCE, until, write_private};
@@ -57,6 +57,8 @@ const LINES: &[(&str, Expect)] = &[
         "cargo run --release -- exec --backend slurm examples/hello",
         Says("Pipeline passed with warnings"),
     ),
+    ("cargo run --release -- exec --list examples/hello", Says("may fail with 42")),
+    ("cargo run --release -- exec --job everybody examples/hello", Says("Pipeline passed")),
     ("cargo build --release", Works),
     ("sudo install -m 755 target/release/bridge /usr/local/bin/bridge", Works),
     ("sudo install -d -o bridge -g bridge -m 700 /etc/bridge", Works),
@@ -83,6 +85,22 @@ const LINES: &[(&str, Expect)] = &[
     ("bridge db check", Says("no damage found")),
     ("curl --silent http://127.0.0.1:9252/health", Says("ok")),
     ("curl --silent http://127.0.0.1:9252/metrics", Says("gitlab_runner_jobs_total")),
+    (
+        "bridge runners create --group 42 --name tests --backend cluster --builds-dir \
+         /shared/bridge/builds --pat-file pat",
+        Says("created \"tests\" (runner #2"),
+    ),
+    ("bridge runners list --owned --pat-file pat", Says("cluster")),
+    ("bridge runners show cluster --managers --pat-file pat", Says("online")),
+    (
+        "bridge runners edit cluster --description \"the cluster\" --maximum-timeout \"2 days\" \
+         --pat-file pat",
+        Says("172800 s"),
+    ),
+    ("bridge runners pause cluster --pat-file pat", Says("yes")),
+    ("bridge runners resume cluster --pat-file pat", Says("no")),
+    ("bridge runners jobs cluster --orphans --pat-file pat", Says("ORPHAN")),
+    ("bridge runners rotate cluster", Says("has a new token")),
     ("bridge db backup /etc/bridge/before.db", Says("copied to")),
     ("sudo install -m 755 target/release/bridge /usr/local/bin/bridge", Works),
     ("sudo systemctl restart bridge", Works),
@@ -266,6 +284,11 @@ impl Sandbox {
                 String::from_utf8_lossy(&rows.stdout).contains("second").then_some(())
             })
             .await;
+        }
+        if line.starts_with("bridge runners create") {
+            self.gitlab.add_group(42, "hep");
+            let access = self.gitlab.add_access_token(AccessToken::with(&["api"]).admin());
+            write_private(&self.path("work/pat"), &access);
         }
         if line.starts_with("bridge db backup") {
             assert_eq!(self.finished(1001).await, Status::Failed, "it was cancelled");

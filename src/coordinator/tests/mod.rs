@@ -1,12 +1,15 @@
 //! The coordinator met by a plain HTTP client.
 
+mod artifacts;
 mod cancelling;
 mod faults;
 mod git_http;
 mod queue;
 mod requesting;
 mod runners;
+mod runners_api;
 mod silence;
+mod strict;
 mod tracing_jobs;
 mod updating;
 

@@ -40,6 +40,12 @@ impl Bed {
         Self { scene, life }
     }
 
+    /// Ends the process and starts another one, whose runner has another token.
+    pub(super) async fn restart_with_token(mut self, short_token: &'static str) -> Self {
+        self.scene.tuning.short_token = short_token;
+        self.restart().await
+    }
+
     /// Takes a job in.
     pub(super) async fn take(&self, job: NewJob) -> Case {
         let (ci_job, id) = self.receive(&self.life, job).await;

@@ -6,6 +6,7 @@
 mod bed;
 mod crash;
 mod cut;
+mod finishing;
 mod observing;
 mod reporting;
 mod submitting;
@@ -17,13 +18,14 @@ use bridge_backend::fake::{FakeOptions, FakeWorld};
 use camino::Utf8Path;
 
 use super::*;
+use crate::cache::CacheSettings;
 use crate::coordinator::{Coordinator, JobView, NewJob, Options, RunnerOptions, Variable};
 use crate::domain::clock::ManualClock;
 use crate::domain::id::CiJobId;
 use crate::gitlab::wire::Secret;
 use crate::gitlab::{Client, ClientOptions, Info, InfoOptions, RequestReply};
-use crate::job::{RunnerContext, Shell};
-use crate::store::EventRow;
+use crate::job::{Containers, RunnerContext, Shell};
+use crate::store::{EventRow, Keyring};
 use crate::trace::strip_headers;
 
 /// More turns than any test needs: each is a second of the test's time.
@@ -52,6 +54,7 @@ struct Tuning {
     pre_get_sources_script: Option<String>,
     prepare_workers: usize,
     step_workers: usize,
+    short_token: &'static str,
 }
 
 impl Default for Tuning {
@@ -62,6 +65,7 @@ impl Default for Tuning {
             pre_get_sources_script: None,
             prepare_workers: 4,
             step_workers: 32,
+            short_token: "short",
         }
     }
 }
@@ -148,7 +152,7 @@ impl Scene {
         RunnerContext {
             name: "main".into(),
             url: self.url.parse().unwrap(),
-            short_token: "short".into(),
+            short_token: self.tuning.short_token.into(),
             system_id: "s_0123456789ab".into(),
             version: "0.1.0".into(),
             builds_dir: self.path("builds"),
@@ -164,8 +168,11 @@ impl Scene {
             tls_ca_file: None,
             tls_cert_file: None,
             tls_key_file: None,
+            custom_build_dir: false,
+            mirrors: None,
             get_sources_timeout: None,
             debug_trace_disabled: false,
+            containers: Containers::Ignore,
             runner_feature_flags: BTreeMap::new(),
         }
     }
@@ -173,7 +180,8 @@ impl Scene {
     /// Starts a process whose backend is `wrapped`.
     async fn open(&self, store: impl FnOnce(Store) -> Store, wrapped: Arc<dyn Backend>) -> Life {
         let (tracker, store_tracker) = (TaskTracker::new(), TaskTracker::new());
-        let opened = Store::open(&self.path("state"), &store_tracker).await.unwrap();
+        let opened =
+            Store::open(&self.path("state"), Keyring::for_tests(), &store_tracker).await.unwrap();
         let store = store(opened);
         std::fs::create_dir_all(self.path("spool")).unwrap();
         let client = Client::new(ClientOptions::new(self.url.parse().unwrap())).unwrap();
@@ -182,6 +190,14 @@ impl Scene {
             client: client.clone(),
             info,
             context: self.context(),
+            caches: Arc::new(
+                CacheStore::open(
+                    &self.path("cache"),
+                    &CacheSettings::default(),
+                    Arc::new(self.clock.clone()),
+                )
+                .unwrap(),
+            ),
             hostname: "submit-node".into(),
             output_limit: self.tuning.output_limit,
             deadline_reserve: Duration::from_secs(60),
@@ -204,7 +220,9 @@ impl Scene {
             Settings {
                 spool_dir: self.path("spool"),
                 lost_after: self.tuning.lost_after,
+                artifacts_dir: self.path("artifacts"),
                 prepare_workers: self.tuning.prepare_workers,
+                finish_workers: 2,
                 step_workers: self.tuning.step_workers,
                 crash_at: None,
             },

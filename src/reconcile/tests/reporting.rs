@@ -168,7 +168,7 @@ async fn secrets_are_gone_when_the_job_has_ended() {
 async fn a_payload_that_cannot_be_read_costs_only_its_own_job() {
     let bed = Bed::new().await;
     let poisoned = bed.take(job("poisoned")).await;
-    bed.life.store.vandalise("UPDATE payloads SET ci_payload = '{\"id\": 1, '").await;
+    bed.life.store.forge_payload(poisoned.id, "{\"id\": 1, ").await;
     let healthy = bed.running(job("healthy")).await;
     finish(&bed, &healthy).await;
     let row = bed.home(&poisoned).await;
@@ -178,13 +178,26 @@ async fn a_payload_that_cannot_be_read_costs_only_its_own_job() {
 }
 
 #[tokio::test]
+async fn a_payload_that_somebody_changed_is_not_believed() {
+    let bed = Bed::new().await;
+    let changed = bed.take(job("changed")).await;
+    bed.life.store.vandalise("UPDATE payloads SET sealed = CAST('0{}' AS BLOB)").await;
+    let healthy = bed.running(job("healthy")).await;
+    finish(&bed, &healthy).await;
+    let row = bed.home(&changed).await;
+    assert_eq!(row.state, JobState::Abandoned, "nobody can say anything about it");
+    assert_eq!(bed.world.jobs().len(), 1);
+    bed.world.assert_no_violations();
+}
+
+#[tokio::test]
 async fn a_payload_that_makes_no_sense_but_has_its_token_is_told_to_its_author() {
     let bed = Bed::new().await;
     let case = bed.take(job("odd")).await;
-    bed.life
-        .store
-        .vandalise("UPDATE payloads SET ci_payload = json_set(ci_payload, '$.steps', 'none')")
-        .await;
+    let payload = bed.life.store.payload(case.id).await.unwrap().unwrap();
+    let mut payload: serde_json::Value = serde_json::from_str(payload.expose()).unwrap();
+    payload["steps"] = "none".into();
+    bed.life.store.forge_payload(case.id, &payload.to_string()).await;
     bed.home(&case).await;
     let view = bed.view(case.ci_job);
     assert_eq!((view.status, view.ended_by), (Status::Failed, Some(EndedBy::Runner)), "{view:?}");

@@ -249,3 +249,74 @@ proptest! {
         }
     }
 }
+
+/// The digits of a secret within base64, with so many bytes before it.
+fn digits(secret: &str, before: usize) -> String {
+    use base64::Engine as _;
+    let bytes = [&b"xyz"[..before], secret.as_bytes()].concat();
+    let text = base64::prelude::BASE64_STANDARD_NO_PAD.encode(&bytes);
+    let to = bytes.len() * 8 / 6;
+    text.get((before * 8).div_ceil(6)..to).unwrap().to_owned()
+}
+
+/// A text of secrets, pieces of secrets and secrets in base64, and little else.
+fn secretive() -> impl Strategy<Value = (Vec<String>, String)> {
+    let secrets = proptest::collection::vec("[ab][ab'/+]{6,12}[ab]", 1..4);
+    let pieces = proptest::collection::vec((0..6_usize, any::<u8>(), "[ab\n ]{0,3}"), 1..9);
+    (secrets, pieces).prop_map(|(secrets, pieces)| {
+        let mut text = String::new();
+        for (kind, which, between) in pieces {
+            let secret = &secrets[usize::from(which) % secrets.len()];
+            match kind {
+                0 | 1 => text.push_str(secret),
+                2..=4 => text.push_str(&digits(secret, kind - 2)),
+                _ => text.push_str(secret.split_at(secret.len() / 2).0),
+            }
+            text.push_str(&between);
+        }
+        (secrets, text)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(120))]
+
+    #[test]
+    fn no_secret_is_left_in_any_form_wherever_the_stream_is_cut((secrets, text) in secretive()) {
+        let masker = Masker::of_secrets(&secrets, default_prefixes(true)).unwrap();
+        let whole = String::from_utf8(masker.mask(text.as_bytes())).unwrap();
+        for secret in &secrets {
+            let forms = (0..3).map(|before| digits(secret, before));
+            for form in forms.chain([secret.clone()]).filter(|form| form.len() >= 8) {
+                prop_assert!(!whole.contains(&form), "{form:?} in {whole:?}");
+            }
+        }
+        for cut in 0..=text.len() {
+            let (mut out, mut state) = (Vec::new(), MaskState::default());
+            let used = masker.feed(&mut state, &text.as_bytes()[..cut], false, &mut out);
+            masker.feed(&mut state, &text.as_bytes()[used..], true, &mut out);
+            prop_assert_eq!(String::from_utf8_lossy(&out), whole.as_str(), "cut at {}", cut);
+        }
+    }
+}
+
+#[test]
+fn a_secret_of_several_lines_is_masked_with_something_before_each_line() {
+    let secret = "-----BEGIN KEY-----\nMIIEvQIBADANBg\nkqhkiG9w0BAQEF\n-----END KEY-----";
+    let masker = Masker::of_secrets([secret], default_prefixes(true)).unwrap();
+    let text = secret.replace('\n', "\n+ ");
+    assert_eq!(
+        String::from_utf8(masker.mask(text.as_bytes())).unwrap(),
+        "-----BEGIN KEY-----\n+ [MASKED]\n+ [MASKED]\n+ -----END KEY-----"
+    );
+    assert_eq!(masker.mask(secret.as_bytes()), MASKED);
+}
+
+#[test]
+fn a_user_and_his_password_in_a_header_are_masked() {
+    let masker = Masker::of_secrets(["glcbt-64_abcdefghijklmnop"], Vec::<String>::new()).unwrap();
+    // gitlab-ci-token:glcbt-64_abcdefghijklmnop
+    let header = b"Authorization: Basic Z2l0bGFiLWNpLXRva2VuOmdsY2J0LTY0X2FiY2RlZmdoaWprbG1ub3A=";
+    let masked = String::from_utf8(masker.mask(header)).unwrap();
+    assert_eq!(masked, "Authorization: Basic Z2l0bGFiLWNpLXRva2VuOm[MASKED]A=");
+}

@@ -6,9 +6,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use camino::Utf8PathBuf;
+use url::Url;
 
 use super::super::tests::{payload, runner, variable};
 use super::super::{Slot, plan};
+use super::repository::site;
 use super::*;
 use crate::gitlab::wire::{Hook, Variable};
 
@@ -24,7 +26,7 @@ impl Said {
         String::from_utf8_lossy(&self.bytes).into_owned()
     }
 
-    fn all(&self) -> String {
+    pub(in super::super) fn all(&self) -> String {
         format!("{}\n{}", self.remarks.join("\n"), self.text())
     }
 }
@@ -39,14 +41,14 @@ impl Output for Said {
 }
 
 /// A server's repository, and a place for checkouts.
-struct World {
+pub(super) struct World {
     _dir: tempfile::TempDir,
-    root: Utf8PathBuf,
-    payload: JobPayload,
-    runner: RunnerContext,
+    pub(super) root: Utf8PathBuf,
+    pub(super) payload: JobPayload,
+    pub(super) runner: RunnerContext,
 }
 
-fn git(dir: &Utf8Path, args: &[&str]) -> String {
+pub(super) fn git(dir: &Utf8Path, args: &[&str]) -> String {
     let output = Command::new("git")
         .args(["-c", "user.name=t", "-c", "user.email=t@example.org"])
         .args(["-c", "commit.gpgsign=false", "-c", "init.defaultBranch=main"])
@@ -60,7 +62,7 @@ fn git(dir: &Utf8Path, args: &[&str]) -> String {
 }
 
 impl World {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::of_format("sha1")
     }
 
@@ -82,7 +84,7 @@ impl World {
         world
     }
 
-    fn commit(&mut self, content: &str) {
+    pub(super) fn commit(&mut self, content: &str) {
         let origin = self.root.join("origin");
         fs::write(origin.join("file"), content).unwrap();
         git(&origin, &["add", "file"]);
@@ -90,29 +92,29 @@ impl World {
         self.payload.git_info.sha = git(&origin, &["rev-parse", "HEAD"]);
     }
 
-    fn set(&mut self, key: &str, value: &str) {
+    pub(super) fn set(&mut self, key: &str, value: &str) {
         self.payload.variables.push(variable(key, value));
     }
 
-    fn plan(&self) -> Plan {
+    pub(super) fn plan(&self) -> Plan {
         plan(&self.payload, &self.runner, Slot::default()).unwrap()
     }
 
-    async fn get(&self) -> (Plan, Result<(), StageError>, Said) {
+    pub(super) async fn get(&self) -> (Plan, Result<(), StageError>, Said) {
         let plan = self.plan();
         let mut said = Said::default();
         let result = plan.get_sources(&mut said).await;
         (plan, result, said)
     }
 
-    async fn got(&self) -> (Plan, Said) {
+    pub(super) async fn got(&self) -> (Plan, Said) {
         let (plan, result, said) = self.get().await;
         assert_eq!(result, Ok(()), "{}", said.all());
         (plan, said)
     }
 }
 
-fn content(plan: &Plan) -> String {
+pub(super) fn content(plan: &Plan) -> String {
     fs::read_to_string(plan.project_dir.join("file")).unwrap()
 }
 
@@ -313,9 +315,9 @@ async fn file_variables_are_written_as_they_came() {
     assert_eq!(fs::metadata(&plan.temp_dir).unwrap().permissions().mode() & 0o777, 0o700);
     assert!(!plan.temp_dir.join("left").exists());
     assert!(!said.all().contains("quotes"));
-    plan.cleanup(&mut Said::default()).await.unwrap();
+    plan.cleanup().await.unwrap();
     assert!(!plan.temp_dir.exists() && plan.project_dir.exists());
-    plan.cleanup(&mut Said::default()).await.unwrap();
+    plan.cleanup().await.unwrap();
 }
 
 #[tokio::test]
@@ -326,12 +328,41 @@ async fn job_cleanup_is_done_when_asked_for() {
     let (plan, _) = world.got().await;
     fs::write(plan.project_dir.join("file"), "changed").unwrap();
     fs::write(plan.project_dir.join("new"), "").unwrap();
-    plan.cleanup(&mut Said::default()).await.unwrap();
+    plan.cleanup().await.unwrap();
     assert_eq!(content(&plan), "one");
     assert!(!plan.project_dir.join("new").exists() && !plan.temp_dir.exists());
-    world.set("GIT_STRATEGY", "clone");
-    world.plan().cleanup(&mut Said::default()).await.unwrap();
-    assert!(!plan.project_dir.exists());
+    assert!(!beside(&plan, "cleanup").exists());
+    for strategy in ["clone", "empty"] {
+        world.set("GIT_STRATEGY", strategy);
+        let (plan, _) = world.got().await;
+        assert!(plan.project_dir.exists());
+        // By then nobody may know the payload.
+        release(&plan.project_dir).await.unwrap();
+        assert!(!plan.project_dir.exists() && !beside(&plan, "cleanup").exists());
+        release(&plan.project_dir).await.unwrap();
+    }
+}
+
+fn beside(plan: &Plan, ending: &str) -> Utf8PathBuf {
+    Utf8PathBuf::from(format!("{}.{ending}", plan.project_dir))
+}
+
+#[tokio::test]
+async fn a_note_that_the_job_has_changed_runs_nothing() {
+    let mut world = World::new();
+    world.set("FF_ENABLE_JOB_CLEANUP", "true");
+    world.set("GIT_STRATEGY", "fetch");
+    let (plan, _) = world.got().await;
+    let trap = world.root.join("trap");
+    git(&plan.project_dir, &["config", "core.fsmonitor", &format!("touch {trap}")]);
+    release(&plan.project_dir).await.unwrap();
+    assert!(!trap.exists());
+    for text in ["", "{}", "rubbish", r#"{"checkout":"run","flags":["x"]}"#] {
+        fs::write(beside(&plan, "cleanup"), text).unwrap();
+        release(&plan.project_dir).await.unwrap();
+        assert_eq!(content(&plan), "one");
+        assert!(!beside(&plan, "cleanup").exists());
+    }
 }
 
 #[tokio::test]
@@ -435,7 +466,8 @@ async fn git_gets_the_password_for_this_server_alone_and_keeps_it_nowhere() {
         let asked = format!("protocol=https\nhost={host}\n\n");
         fs::write(plan.temp_dir.join("question"), asked).unwrap();
         for (verb, expected) in [("fill", found), ("approve", false)] {
-            let mut call = plan.git_call(repository, &["credential", verb]);
+            let git = plan.git(repository, GET_SOURCES);
+            let mut call = git.call(&plan.project_dir, &["credential", verb]);
             assert!(!call.args.join(" ").contains("s3cret"));
             call.input = Some(plan.temp_dir.join("question"));
             let mut said = Said::default();
@@ -488,4 +520,89 @@ fn only_https_and_http_servers_get_credentials() {
     ] {
         assert_eq!(site(&Url::parse(url).unwrap()).as_deref(), expected, "{url}");
     }
+}
+
+#[test]
+fn submodules_are_reached_as_the_project_is() {
+    let rewrites = |world: &World| {
+        let plan = world.plan();
+        let config = &plan.repository.as_ref().unwrap().config;
+        let of_url = config.iter().filter(|one| one.starts_with("url."));
+        of_url.cloned().collect::<Vec<_>>()
+    };
+    let mut world = World::new();
+    world.payload.git_info.repo_url =
+        Secret::new("https://gitlab-ci-token:t@gitlab.example.org/hep/tracker.git");
+    world.runner.url = "https://gitlab.example.org/".parse().unwrap();
+    assert_eq!(rewrites(&world), [""; 0], "the helper's credentials are for this server already");
+    world.set("CI_SERVER_SHELL_SSH_HOST", "ssh.example.org");
+    world.set("CI_SERVER_SHELL_SSH_PORT", "2222");
+    world.set("GIT_SUBMODULE_FORCE_HTTPS", "true");
+    world.runner.clone_url = Some(Url::parse("http://inside:8080/gitlab/").unwrap());
+    let to = "url.http://inside:8080/gitlab/.insteadOf";
+    assert_eq!(
+        rewrites(&world),
+        [
+            format!("{to}=https://gitlab.example.org/"),
+            format!("{to}=git@ssh.example.org:"),
+            format!("{to}=ssh://git@ssh.example.org/"),
+            format!("{to}=ssh://git@ssh.example.org:2222/"),
+        ]
+    );
+    world.runner.clone_url = None;
+    world.runner.url = "https://gitlab.example.org/root".parse().unwrap();
+    world.set("CI_SERVER_SHELL_SSH_HOST", "odd host");
+    assert_eq!(rewrites(&world), [""; 0], "one address within the other is left alone");
+}
+
+#[test]
+fn git_clone_path_has_its_rules() {
+    let mut world = World::new();
+    let builds = world.runner.builds_dir.clone();
+    let why = |world: &World| {
+        plan(&world.payload, &world.runner, Slot::default()).map(|plan| plan.project_dir)
+    };
+    world.set("GIT_CLONE_PATH", "$CI_BUILDS_DIR/mine/$CI_CONCURRENT_ID");
+    let error = why(&world).unwrap_err().to_string();
+    assert!(
+        error.contains("not allowed") && error.contains("[runners.custom_build_dir]"),
+        "{error}"
+    );
+    world.runner.custom_build_dir = true;
+    assert_eq!(why(&world), Ok(builds.join("mine/0")));
+    world.set("GIT_CLONE_PATH", "$CI_BUILDS_DIR//mine/./x/");
+    assert_eq!(why(&world), Ok(builds.join("mine/x")));
+    for outside in
+        ["/elsewhere", "$CI_BUILDS_DIR", "$CI_BUILDS_DIR/..", "$CI_BUILDS_DIR/a/../../b", "mine"]
+    {
+        world.set("GIT_CLONE_PATH", outside);
+        let error = why(&world).unwrap_err().to_string();
+        assert!(error.ends_with(&format!("has to be below {builds}")), "{error}");
+    }
+    for wide in ["$CI_BUILDS_DIR/short", "$CI_BUILDS_DIR/short/0"] {
+        world.set("GIT_CLONE_PATH", wide);
+        let error = why(&world).unwrap_err().to_string();
+        assert!(error.ends_with("would hold the directories of other jobs"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_link_that_leads_out_of_the_builds_directory_is_not_followed() {
+    let mut world = World::new();
+    world.runner.custom_build_dir = true;
+    world.set("GIT_CLONE_PATH", "$CI_BUILDS_DIR/mine/x");
+    let outside = world.root.join("outside");
+    fs::create_dir_all(outside.join("x")).unwrap();
+    fs::write(outside.join("x/file"), "kept").unwrap();
+    fs::create_dir_all(&world.runner.builds_dir).unwrap();
+    std::os::unix::fs::symlink(&outside, world.runner.builds_dir.join("mine")).unwrap();
+    let (_, result, _) = world.get().await;
+    let Err(StageError::Misconfigured { detail }) = result else { panic!("{result:?}") };
+    assert!(detail.ends_with("leads out of the builds directory"), "{detail}");
+    assert_eq!(fs::read_to_string(outside.join("x/file")).unwrap(), "kept");
+
+    fs::remove_file(world.runner.builds_dir.join("mine")).unwrap();
+    let (plan, _) = world.got().await;
+    assert_eq!(plan.project_dir, world.runner.builds_dir.join("mine/x"));
+    assert_eq!(content(&plan), "one");
 }

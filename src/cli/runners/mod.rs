@@ -1,4 +1,10 @@
-//! `bridge runners`: what is registered, whether GitLab agrees, and the way out.
+//! `bridge runners`: what is registered, whether GitLab agrees, and the way out; and, with a personal
+//! access token, everything that can be done to runners at GitLab.
+
+mod create;
+mod jobs;
+mod remote;
+mod rotate;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
@@ -23,8 +29,31 @@ pub struct RunnersArgs {
 
 #[derive(Clone, Debug, Subcommand)]
 enum RunnersCommand {
-    /// List the runners of the configuration
-    List(ListArgs),
+    /// Create a runner at GitLab and add it to the configuration
+    Create(Box<create::CreateArgs>),
+    /// List the runners of the configuration, or those at GitLab
+    List(Box<ListArgs>),
+    /// Show a runner as it is at GitLab
+    Show(remote::ShowArgs),
+    /// Change a runner's settings at GitLab
+    Edit(Box<remote::EditArgs>),
+    /// Have GitLab give a runner no more jobs
+    Pause(remote::OneArgs),
+    /// Have GitLab give a runner jobs again
+    Resume(remote::OneArgs),
+    /// Let a project use a project runner
+    Enable(remote::ProjectArgs),
+    /// Take a project runner away from a project
+    Disable(remote::ProjectArgs),
+    /// List a runner's jobs as GitLab has them, beside what the database knows
+    Jobs(jobs::RunnerJobsArgs),
+    /// Exchange a runner's token for a new one, now
+    ///
+    /// The daemon does so by itself after three quarters of a token's life. With a personal access
+    /// token it also works when the old token was lost.
+    Rotate(rotate::RotateArgs),
+    /// Delete a whole runner at GitLab, for every machine that uses it
+    Delete(remote::DeleteArgs),
     /// Ask GitLab whether it knows the runners' tokens
     Verify(VerifyArgs),
     /// Remove runners from GitLab and from the configuration
@@ -39,6 +68,8 @@ struct ListArgs {
     /// Write one JSON object per line
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    remote: remote::RemoteListArgs,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -92,7 +123,20 @@ impl RunnersArgs {
     /// With exit code 3 for a name that is not there, 5 when GitLab refuses.
     pub async fn run(self, context: &Context) -> anyhow::Result<Exit> {
         match self.command {
-            RunnersCommand::List(args) => args.run(context),
+            RunnersCommand::Create(args) => args.run(context).await,
+            RunnersCommand::List(args) => match args.remote.run(context, args.json).await? {
+                Some(exit) => Ok(exit),
+                None => args.run(context),
+            },
+            RunnersCommand::Show(args) => args.run(context).await,
+            RunnersCommand::Edit(args) => args.run(context).await,
+            RunnersCommand::Pause(args) => args.pause(context, true).await,
+            RunnersCommand::Resume(args) => args.pause(context, false).await,
+            RunnersCommand::Enable(args) => args.enable(context).await,
+            RunnersCommand::Disable(args) => args.disable(context).await,
+            RunnersCommand::Jobs(args) => args.run(context).await,
+            RunnersCommand::Rotate(args) => args.run(context).await,
+            RunnersCommand::Delete(args) => args.run(context).await,
             RunnersCommand::Verify(args) => args.run(context).await,
             RunnersCommand::Unregister(args) => args.run(context).await,
         }
