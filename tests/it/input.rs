@@ -158,7 +158,7 @@ async fn a_job_that_cannot_be_run_says_why_in_its_trace() {
     insta::assert_snapshot!(unrunnable(&bed, climbs("http://127.0.0.1:9/../../../../out.git")).await, @"Job failed: the repository's URL cannot be used: its path leads out of the builds directory");
     insta::assert_snapshot!(unrunnable(&bed, climbs("http://127.0.0.1:9/a/%2e%2e%2f%2e%2e/%2e%2e/out.git")).await, @"Job failed: the repository's URL cannot be used: its path leads out of the builds directory");
     let elsewhere = bed.counting("elsewhere").env("GIT_CLONE_PATH", "/tmp/elsewhere");
-    insta::assert_snapshot!(unrunnable(&bed, elsewhere).await, @"Job failed: GIT_CLONE_PATH is not allowed by this runner");
+    insta::assert_snapshot!(unrunnable(&bed, elsewhere).await, @"Job failed: GIT_CLONE_PATH is not allowed by this runner; its operator can allow it with `enabled = true` in [runners.custom_build_dir]");
     bed.nothing_owed().await;
     let left: Vec<_> = std::fs::read_dir(bed.dir.path())
         .unwrap()
