@@ -1,0 +1,327 @@
+//! The backend itself: which questions are asked, and what their answers mean.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read as _, Seek as _};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bridge_backend::{
+    Backend, BackendError, Capabilities, ErrorKind, ExternalId, Fault, Filesystem, JobRef, JobSpec,
+    LogChunk, Lookup, Observation, OpenError, Result, SubmitToken,
+};
+use camino::{Utf8Path, Utf8PathBuf};
+use reqwest::{Method, RequestBuilder};
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::client::{Answer, Client};
+use crate::config::Config;
+use crate::failure::{AskError, nonsense, refused, site, transient, unasked};
+use crate::pieces::{Kind, Shelf};
+use crate::token::Tokens;
+
+/// Jobs in one search; the server gives 10000 rows at once.
+const POLL_BATCH: usize = 2_000;
+
+/// Names in one search.
+const FIND_AT_ONCE: usize = 500;
+
+/// A part of what is brought home is no larger than a sandbox.
+const LARGEST_SANDBOX: u64 = 101 << 20;
+
+/// Runs jobs on a grid through DiracX.
+#[derive(Debug)]
+pub struct Dirac {
+    pub(crate) config: Config,
+    pub(crate) client: Arc<Client>,
+    pub(crate) tokens: Tokens,
+    pub(crate) shelf: Shelf,
+    capabilities: Capabilities,
+}
+
+/// What a server says of itself.
+#[derive(Deserialize)]
+struct Itself {
+    issuer: String,
+}
+
+impl Dirac {
+    /// Opens the backend from its configuration table.
+    ///
+    /// # Errors
+    ///
+    /// When a key is unknown, missing or has a value that cannot be used.
+    pub fn open(table: toml::Table) -> std::result::Result<Self, OpenError> {
+        let config = Config::read(table)?;
+        let client = Client::new(&config).map_err(|error| {
+            let mut text = format!("no connections can be made: {error}");
+            if let Some(cause) = std::error::Error::source(&error) {
+                text = format!("{text}: {cause}");
+            }
+            OpenError::Config(text)
+        })?;
+        let client = Arc::new(client);
+        let capabilities = Capabilities {
+            filesystem: Filesystem::Sandbox,
+            lookup: Lookup::ByToken { settle: config.settle },
+            live_log: true,
+            collect: true,
+            poll_batch: NonZeroUsize::new(POLL_BATCH).unwrap_or(NonZeroUsize::MIN),
+            max_concurrency: config.max_concurrency,
+        };
+        let tokens = Tokens::new(&config, Arc::clone(&client));
+        Ok(Self { config, client, tokens, shelf: Shelf::default(), capabilities })
+    }
+
+    /// Asks DiracX; a token that is not taken is renewed, and the question asked once more.
+    pub(crate) async fn ask(
+        &self,
+        what: &'static str,
+        make: impl Fn() -> RequestBuilder + Send + Sync,
+    ) -> std::result::Result<Answer, AskError> {
+        let token = self.tokens.token().await?;
+        let answer = self.client.send_as(what, make(), &token.access).await?;
+        if answer.status != 401 {
+            return Ok(answer);
+        }
+        let token = self.tokens.other_than(&token).await?;
+        Ok(self.client.send_as(what, make(), &token.access).await?)
+    }
+
+    async fn check_server(&self) -> Result<Itself> {
+        let context = "use the DiracX server";
+        let request = self.client.ask(Method::GET, ".well-known/openid-configuration");
+        let answer = self.client.send("who it is", request, self.config.request_timeout).await;
+        let answer =
+            answer.map_err(|error| transient("reach the DiracX server").with_source(error))?;
+        match answer.status {
+            200..=299 => {}
+            404 | 300..=399 => {
+                return Err(site("use the DiracX server: there is none under this `url`")
+                    .with_source(answer.said()));
+            }
+            _ => return Err(refused(context, &answer)),
+        }
+        answer.json().map_err(nonsense("use the DiracX server: this `url` is something else"))
+    }
+
+    async fn check_login(&self, server: &Itself) -> Result<()> {
+        let context = "log in to DIRAC";
+        let read = |error: AskError| match &error {
+            AskError::Token(inner) if inner.needs_a_person() => site(context).with_source(error),
+            AskError::Token(_) | AskError::Call(_) => transient(context).with_source(error),
+        };
+        let token = self.tokens.token().await.map_err(|error| read(error.into()))?;
+        let issuer = token.claims.iss.trim_end_matches('/');
+        if issuer != server.issuer.trim_end_matches('/') {
+            let text = format!("the token is of {issuer}, the server is {}", server.issuer);
+            return Err(site("use the token: it is for another server").with_source(text));
+        }
+        let answer = self
+            .ask("who we are", || self.client.ask(Method::GET, "api/auth/userinfo"))
+            .await
+            .map_err(read)?;
+        match answer.status {
+            200..=299 => Ok(()),
+            401 | 403 => Err(site(context).with_source(answer.said())),
+            _ => Err(refused(context, &answer)),
+        }
+    }
+
+    /// Brings the parts home, in order, and unpacks what they are parts of.
+    async fn bring_home(&self, id: u64, into: &Utf8Path) -> Result<()> {
+        let context = "bring the job's outputs home";
+        let known = self.shelf.of(id);
+        let mut known = known.lock().await;
+        if !known.complete {
+            let Some(list) = self.handed_in(id).await? else { return Err(lost(context)) };
+            known.renew(list);
+        }
+        // The mark of the end is near the end of the list, before what DIRAC's wrapper adds.
+        let mut outs = None;
+        for at in (0..known.slots.len()).rev() {
+            self.learn(id, &mut known, at).await?;
+            if let Some(Kind::End { outs: count }) = known.slots.get(at).and_then(|s| s.kind.as_ref()) {
+                outs = Some((*count, at));
+                break;
+            }
+        }
+        let Some((count, end)) = outs else {
+            return Err(lost("bring the job's outputs home: it did not hand in its end"));
+        };
+        let mut parts: BTreeMap<u64, String> = BTreeMap::new();
+        for at in (0..end).rev() {
+            if u64::try_from(parts.len()).unwrap_or(u64::MAX) >= count {
+                break;
+            }
+            self.learn(id, &mut known, at).await?;
+            if let Some(slot) = known.slots.get(at)
+                && let Some(Kind::Out { number }) = slot.kind
+            {
+                parts.insert(number, slot.pfn.clone());
+            }
+        }
+        if !(0..count).eq(parts.keys().copied()) {
+            return Err(lost("bring the job's outputs home: a part is missing"));
+        }
+        drop(known);
+        let mut files = Vec::new();
+        for pfn in parts.into_values() {
+            let open = self.open_sandbox(&pfn).await?;
+            let open =
+                open.ok_or_else(|| lost("bring the job's outputs home: a part is missing"))?;
+            let file =
+                tempfile::tempfile().map_err(|error| transient(context).with_source(error))?;
+            let kept = file.try_clone().map_err(|error| transient(context).with_source(error))?;
+            open.save(file, LARGEST_SANDBOX).await?;
+            files.push(kept);
+        }
+        if files.is_empty() {
+            return Ok(());
+        }
+        let (into, most) = (into.to_owned(), self.config.max_workspace);
+        let unpacked = tokio::task::spawn_blocking(move || unpack(files, &into, most)).await;
+        let unpacked = unpacked.map_err(|error| transient(context).with_source(error))?;
+        unpacked.map_err(|error| match error.kind() {
+            io::ErrorKind::FileTooLarge => BackendError::new(
+                ErrorKind::Rejected(Fault::Job),
+                format!("{context}: they are larger than {most} bytes (`max_workspace`)"),
+            ),
+            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
+                lost("bring the job's outputs home: they are damaged").with_source(error)
+            }
+            _ => transient(context).with_source(error),
+        })
+    }
+}
+
+/// Gives DIRAC's number of a job.
+pub(crate) fn number(id: &ExternalId) -> Option<u64> {
+    id.0.parse().ok().filter(|id| *id > 0)
+}
+
+pub(crate) fn lost(context: &'static str) -> BackendError {
+    BackendError::new(ErrorKind::Lost, context)
+}
+
+/// Unpacks a tar that comes in parts, each of them the only file of another tar.
+fn unpack(parts: Vec<std::fs::File>, into: &Utf8Path, most: u64) -> io::Result<()> {
+    let mut whole: Box<dyn io::Read> = Box::new(io::empty());
+    for mut part in parts {
+        part.rewind()?;
+        let mut header = tar::Header::new_ustar();
+        part.read_exact(header.as_mut_bytes())?;
+        let size = header.entry_size()?;
+        whole = Box::new(whole.chain(part.take(size)));
+    }
+    let mut magic = [0; 2];
+    whole.read_exact(&mut magic)?;
+    let whole = io::Cursor::new(magic).chain(whole);
+    let plain: Box<dyn io::Read> = if magic == [0x1f, 0x8b] {
+        Box::new(flate2::read::MultiGzDecoder::new(whole))
+    } else {
+        Box::new(whole)
+    };
+    let mut archive = tar::Archive::new(Bounded { inner: plain, left: most });
+    archive.set_preserve_mtime(true);
+    archive.set_preserve_permissions(true);
+    archive.set_overwrite(true);
+    for entry in archive.entries()? {
+        let mut entry = entry?;
+        // Names that lead out of the directory are left out, and links are not followed.
+        if !entry.unpack_in(into)? {
+            let path = entry.path().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
+            tracing::warn!(path, "an output that leads out of its directory is left out");
+        }
+    }
+    Ok(())
+}
+
+/// Fails instead of giving more than was agreed.
+struct Bounded {
+    inner: Box<dyn io::Read>,
+    left: u64,
+}
+
+impl io::Read for Bounded {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(into)?;
+        self.left = self
+            .left
+            .checked_sub(u64::try_from(n).unwrap_or(u64::MAX))
+            .ok_or(io::ErrorKind::FileTooLarge)?;
+        Ok(n)
+    }
+}
+
+#[async_trait]
+impl Backend for Dirac {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    async fn check(&self) -> Result<()> {
+        let server = self.check_server().await?;
+        self.check_login(&server).await
+    }
+
+    async fn submit(&self, token: &SubmitToken, spec: &JobSpec) -> Result<ExternalId> {
+        // Boxed: a submission's state is large, and few run at a time.
+        Box::pin(self.submit_one(token, spec)).await
+    }
+
+    async fn find(&self, tokens: &[SubmitToken]) -> Result<BTreeMap<SubmitToken, ExternalId>> {
+        let mut found = BTreeMap::new();
+        for some in tokens.chunks(FIND_AT_ONCE) {
+            let login = self.tokens.token().await;
+            let login = login.map_err(|error| unasked("search for jobs")(error.into()))?;
+            let names: Vec<&str> = some.iter().map(SubmitToken::as_str).collect();
+            let conditions = [
+                json!({"parameter": "JobName", "operator": "in", "values": names}),
+                json!({"parameter": "Owner", "operator": "eq", "value": login.claims.preferred_username}),
+                json!({"parameter": "VO", "operator": "eq", "value": login.claims.vo}),
+            ];
+            // In the order of their ids: of two with one name the older one runs, see the helper.
+            for row in self.search(&conditions, &["JobID", "JobName"]).await? {
+                let token = row.name.as_deref().and_then(|name| SubmitToken::parse(name).ok());
+                if let Some(token) = token.filter(|token| some.contains(token)) {
+                    found.entry(token).or_insert_with(|| ExternalId(row.id.to_string()));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    async fn poll(&self, jobs: &[JobRef]) -> Result<BTreeMap<ExternalId, Observation>> {
+        Box::pin(self.observe(jobs)).await
+    }
+
+    async fn read_log(&self, job: &JobRef, from: u64, limit: usize) -> Result<LogChunk> {
+        let Some(id) = number(&job.id) else { return Err(lost("read the log")) };
+        Box::pin(self.log(id, job, from, limit)).await
+    }
+
+    async fn collect(&self, job: &JobRef, into: &Utf8Path) -> Result<()> {
+        let into: Utf8PathBuf = into.to_owned();
+        let Some(id) = number(&job.id) else {
+            return Err(lost("bring the job's outputs home"));
+        };
+        Box::pin(self.bring_home(id, &into)).await
+    }
+
+    async fn cancel(&self, jobs: &[JobRef]) -> Result<()> {
+        Box::pin(self.kill(jobs)).await
+    }
+
+    async fn release(&self, job: &JobRef) -> Result<()> {
+        let Some(id) = number(&job.id) else { return Ok(()) };
+        // A sandbox of a job of another name is not ours to give up.
+        let rows = self.jobs_of_ids(&[id], &["JobID", "JobName"]).await?;
+        if rows.iter().any(|row| row.name.as_deref() == Some(job.token.as_str())) {
+            self.unlink(id).await?;
+        }
+        self.shelf.forget(id);
+        Ok(())
+    }
+}

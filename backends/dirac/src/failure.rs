@@ -1,0 +1,47 @@
+//! What a failed call means for the job, and whose move it is.
+
+use bridge_backend::{BackendError, ErrorKind, Fault};
+
+use crate::client::{Answer, CallError, Nonsense};
+use crate::token::TokenError;
+
+/// Why DiracX could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AskError {
+    /// There is no token.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// There is no answer.
+    #[error(transparent)]
+    Call(#[from] CallError),
+}
+
+/// Makes an error that goes by itself.
+pub(crate) fn transient(context: &'static str) -> BackendError {
+    BackendError::new(ErrorKind::Transient, context)
+}
+
+/// Makes an error for the operator.
+pub(crate) fn site(context: &'static str) -> BackendError {
+    BackendError::new(ErrorKind::Rejected(Fault::Site), context)
+}
+
+/// Reads a missing answer to a question. Jobs wait while there is no token: it comes back, and then
+/// they go on.
+pub(crate) fn unasked(context: &'static str) -> impl Fn(AskError) -> BackendError {
+    move |error| transient(context).with_source(error)
+}
+
+/// Reads an answer to a question that was not granted.
+pub(crate) fn refused(context: &'static str, answer: &Answer) -> BackendError {
+    let error = transient(context).with_source(answer.said());
+    match answer.retry_after {
+        Some(wait) => error.with_retry_after(wait),
+        None => error,
+    }
+}
+
+/// Reads an answer that makes no sense.
+pub(crate) fn nonsense(context: &'static str) -> impl Fn(Nonsense) -> BackendError {
+    move |error| transient(context).with_source(error)
+}

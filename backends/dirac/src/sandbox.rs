@@ -1,0 +1,284 @@
+//! The store of sandboxes: into it under the name of its content, and out of it.
+
+use std::fmt;
+use std::io::{self, Read as _};
+use std::time::Duration;
+
+use bridge_backend::{BackendError, ErrorKind, Fault, Result};
+use bytes::{Bytes, BytesMut};
+use reqwest::Method;
+use reqwest::multipart::{Form, Part};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::Deserialize;
+use serde::de::{MapAccess, Visitor};
+use serde_json::json;
+use tokio::io::AsyncWriteExt as _;
+use tokio_util::io::ReaderStream;
+use url::Url;
+
+use crate::client::with_json;
+use crate::dirac::Dirac;
+use crate::failure::{nonsense, refused, site, transient, unasked};
+use crate::workspace::Packed;
+
+/// How long one sandbox may take over a slow line.
+const TRANSFER: Duration = Duration::from_secs(1800);
+
+/// A piece of a log has 2 MiB.
+const LARGEST_PIECE: u64 = 16 << 20;
+
+/// One block of a tar.
+const BLOCK: usize = 512;
+
+/// Where to put a sandbox; no address when it is there already.
+#[derive(Deserialize)]
+struct Place {
+    pfn: String,
+    url: Option<SecretString>,
+    #[serde(default)]
+    fields: Fields,
+}
+
+/// The signed fields, in the order in which they came.
+#[derive(Default)]
+struct Fields(Vec<(String, SecretString)>);
+
+impl<'de> Deserialize<'de> for Fields {
+    fn deserialize<D: serde::Deserializer<'de>>(
+        deserializer: D,
+    ) -> std::result::Result<Self, D::Error> {
+        struct Pairs;
+        impl<'de> Visitor<'de> for Pairs {
+            type Value = Fields;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the fields of a form")
+            }
+            fn visit_unit<E>(self) -> std::result::Result<Fields, E> {
+                Ok(Fields::default())
+            }
+            fn visit_map<A: MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> std::result::Result<Fields, A::Error> {
+                let mut fields = Vec::new();
+                while let Some((name, value)) = map.next_entry::<String, String>()? {
+                    fields.push((name, value.into()));
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_any(Pairs)
+    }
+}
+
+/// Where a sandbox can be had.
+#[derive(Deserialize)]
+struct Found {
+    url: SecretString,
+}
+
+/// The first bytes of a sandbox, and what follows.
+#[derive(Debug)]
+pub(crate) struct Open {
+    head: BytesMut,
+    rest: reqwest::Response,
+}
+
+impl Dirac {
+    /// Puts a sandbox into the store, unless it is there; gives its name.
+    pub(crate) async fn upload(&self, packed: Packed) -> Result<String> {
+        let context = "put the job's files into the sandbox store";
+        let about = json!({
+            "checksum_algorithm": "sha256",
+            "checksum": packed.checksum,
+            "size": packed.size,
+            "format": "tar.zst",
+        });
+        let answer = self
+            .ask("a sandbox", || {
+                with_json(self.client.ask(Method::POST, "api/jobs/sandbox"), &about)
+            })
+            .await
+            .map_err(unasked(context))?;
+        match answer.status {
+            200..=299 => {}
+            // Too large for this server, or a form that it does not take.
+            400 | 413 | 422 => {
+                return Err(BackendError::new(ErrorKind::Rejected(Fault::Job), context)
+                    .with_source(answer.said()));
+            }
+            403 => return Err(site(context).with_source(answer.said())),
+            _ => return Err(refused(context, &answer)),
+        }
+        let place: Place = answer.json().map_err(nonsense(context))?;
+        let Some(url) = place.url else { return Ok(place.pfn) };
+        let url = store_url(&url)?;
+        let mut form = Form::new();
+        for (name, value) in place.fields.0 {
+            form = form.text(name, value.expose_secret().to_owned());
+        }
+        let stream = ReaderStream::with_capacity(tokio::fs::File::from_std(packed.file), 256 << 10);
+        let body = reqwest::Body::wrap_stream(stream);
+        let file = Part::stream_with_length(body, packed.size).file_name("sandbox.tar.zst");
+        let request = self.client.elsewhere(Method::POST, url).multipart(form.part("file", file));
+        let answer = self.client.send("an upload", request, TRANSFER).await;
+        let answer = answer.map_err(|error| transient(context).with_source(error))?;
+        match answer.status {
+            200..=299 => Ok(place.pfn),
+            400 | 413 => Err(site(context).with_source(answer.said())),
+            _ => Err(refused(context, &answer)),
+        }
+    }
+
+    /// Lists what a job has handed in; `None` when DIRAC has no such job of ours.
+    pub(crate) async fn handed_in(&self, id: u64) -> Result<Option<Vec<String>>> {
+        let context = "list what the job has handed in";
+        let path = format!("api/jobs/{id}/sandbox/output");
+        let answer = self.ask("a list", || self.client.ask(Method::GET, &path)).await;
+        let answer = answer.map_err(unasked(context))?;
+        match answer.status {
+            // Null for a job of which the store never heard.
+            200..=299 => {
+                let list: Option<Vec<Option<String>>> = answer.json().map_err(nonsense(context))?;
+                Ok(Some(list.unwrap_or_default().into_iter().flatten().collect()))
+            }
+            403 | 404 => Ok(None),
+            _ => Err(refused(context, &answer)),
+        }
+    }
+
+    /// Drops the links between a job and its sandboxes; the store then removes them.
+    pub(crate) async fn unlink(&self, id: u64) -> Result<()> {
+        let context = "give up the job's sandboxes";
+        let path = format!("api/jobs/{id}/sandbox");
+        let answer = self.ask("a release", || self.client.ask(Method::DELETE, &path)).await;
+        let answer = answer.map_err(unasked(context))?;
+        match answer.status {
+            200..=299 | 403 | 404 => Ok(()),
+            _ => Err(refused(context, &answer)),
+        }
+    }
+
+    /// Begins to fetch a sandbox; `None` when the store does not have it.
+    pub(crate) async fn open_sandbox(&self, pfn: &str) -> Result<Option<Open>> {
+        let context = "fetch what the job has handed in";
+        let query = url::form_urlencoded::Serializer::new(String::new())
+            .append_pair("pfn", pfn)
+            .finish();
+        let path = format!("api/jobs/sandbox?{query}");
+        let answer = self.ask("a sandbox", || self.client.ask(Method::GET, &path)).await;
+        let answer = answer.map_err(unasked(context))?;
+        match answer.status {
+            200..=299 => {}
+            400 | 404 => return Ok(None),
+            _ => return Err(refused(context, &answer)),
+        }
+        let found: Found = answer.json().map_err(nonsense(context))?;
+        let request = self.client.elsewhere(Method::GET, store_url(&found.url)?);
+        let failed =
+            |error: reqwest::Error| transient(context).with_source(error.without_url());
+        let mut rest = request.timeout(TRANSFER).send().await.map_err(failed)?;
+        match rest.status().as_u16() {
+            200..=299 => {}
+            // Named by a job that never sent it.
+            404 => return Ok(None),
+            status => {
+                return Err(transient(context)
+                    .with_source(format!("the store answered with {status}")));
+            }
+        }
+        let mut head = BytesMut::new();
+        while head.len() < BLOCK {
+            match rest.chunk().await.map_err(failed)? {
+                Some(chunk) => head.extend_from_slice(&chunk),
+                None => break,
+            }
+        }
+        Ok(Some(Open { head, rest }))
+    }
+}
+
+/// Reads an address that the server gave; it is as good as a password and never shown.
+fn store_url(url: &SecretString) -> Result<Url> {
+    Url::parse(url.expose_secret())
+        .map_err(|error| site("use the address of the sandbox store").with_source(error))
+}
+
+impl Open {
+    /// Gives the name in the first header of a tar that is not compressed.
+    pub(crate) fn plain_name(&self) -> Option<String> {
+        let block = self.head.get(..BLOCK)?;
+        let header = tar::Header::from_byte_slice(block);
+        let path = header.path().ok()?;
+        (block.get(257..262) == Some(b"ustar")).then(|| path.to_string_lossy().into_owned())
+    }
+
+    /// Says whether it is compressed in the way of the helper's small ones.
+    pub(crate) fn is_gzip(&self) -> bool {
+        self.head.starts_with(&[0x1f, 0x8b])
+    }
+
+    /// Reads a small sandbox to its end; gives the name and the content of its only file.
+    pub(crate) async fn small(mut self) -> Result<Option<(String, Bytes)>> {
+        let context = "fetch what the job has handed in";
+        let mut all = self.head;
+        while let Some(chunk) = self
+            .rest
+            .chunk()
+            .await
+            .map_err(|error| transient(context).with_source(error.without_url()))?
+        {
+            all.extend_from_slice(&chunk);
+            if u64::try_from(all.len()).unwrap_or(u64::MAX) > LARGEST_PIECE {
+                return Ok(None);
+            }
+        }
+        let unpacked = tokio::task::spawn_blocking(move || only_file(&all)).await;
+        let unpacked = unpacked.map_err(|error| transient(context).with_source(error))?;
+        Ok(unpacked.ok().flatten())
+    }
+
+    /// Writes it into a file as it is; gives its length.
+    pub(crate) async fn save(mut self, file: std::fs::File, most: u64) -> Result<u64> {
+        let context = "fetch what the job has handed in";
+        let mut file = tokio::fs::File::from_std(file);
+        let mut length = 0_u64;
+        let mut chunk = Some(self.head.freeze());
+        while let Some(bytes) = chunk {
+            length += u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+            if length > most {
+                return Err(BackendError::new(
+                    ErrorKind::Rejected(Fault::Job),
+                    format!("{context}: more than {most} bytes"),
+                ));
+            }
+            let written = file.write_all(&bytes).await;
+            written.map_err(|error| transient(context).with_source(error))?;
+            chunk = self
+                .rest
+                .chunk()
+                .await
+                .map_err(|error| transient(context).with_source(error.without_url()))?;
+        }
+        file.flush().await.map_err(|error| transient(context).with_source(error))?;
+        Ok(length)
+    }
+}
+
+/// Unpacks a tar of one file, which may be compressed.
+fn only_file(bytes: &[u8]) -> io::Result<Option<(String, Bytes)>> {
+    let plain: Box<dyn io::Read + '_> = if bytes.starts_with(&[0x1f, 0x8b]) {
+        Box::new(flate2::read::MultiGzDecoder::new(bytes))
+    } else {
+        Box::new(bytes)
+    };
+    let mut archive = tar::Archive::new(plain.take(LARGEST_PIECE));
+    let Some(entry) = archive.entries()?.next() else { return Ok(None) };
+    let mut entry = entry?;
+    let name = entry.path()?.to_string_lossy().into_owned();
+    let mut content = Vec::new();
+    entry.read_to_end(&mut content)?;
+    // Cut off at the limit, it would be a wrong piece.
+    let whole = u64::try_from(content.len()).ok() == Some(entry.size());
+    Ok(whole.then(|| (name, Bytes::from(content))))
+}

@@ -1,0 +1,200 @@
+//! What travels with a job besides its workspace: the helper, its settings, script and variables.
+
+use bridge_backend::{EnvVar, JobSpec, SubmitToken};
+use camino::Utf8Path;
+use secrecy::ExposeSecret as _;
+
+use crate::config::Config;
+use crate::jdl::PROGRAM;
+
+/// Runs the job on the worker.
+const HELPER: &str = include_str!("worker.sh");
+
+/// Where the workspace's path stood; the helper puts the worker's there.
+const PLACE: &str = "@bridge-workspace@";
+
+/// Bytes in one piece of a log.
+const LARGEST_PIECE: usize = 2 << 20;
+
+/// Bytes in one part of what is brought home; the store takes 100 MiB.
+const LARGEST_PART: usize = 90 << 20;
+
+/// How long a worker tries to reach DiracX before it gives up, in seconds.
+const PATIENCE: u64 = 1800;
+
+/// Variables that a bash called `sh` keeps read-only; assigning to one must not end the shell.
+const READ_ONLY: &[&str] = &["BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"];
+
+/// Quotes a text as one shell word.
+fn quote(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+/// Gives the files, by name, in the order of their names.
+pub(crate) fn files(
+    config: &Config,
+    token: &SubmitToken,
+    owner: &str,
+    spec: &JobSpec,
+) -> Vec<(&'static str, Vec<u8>)> {
+    let wall = spec.limits.wall_time.map_or(0, |limit| limit.as_secs().max(1));
+    let settings = format!(
+        "url={}\nname={}\nowner={}\nwall={wall}\ngrace={}\nevery={}\nlooks={}\nwaits={PATIENCE}\n\
+         largest={LARGEST_PIECE}\npart={LARGEST_PART}\n",
+        quote(&config.worker_url),
+        quote(token.as_str()),
+        quote(owner),
+        config.kill_grace.as_secs(),
+        config.log_interval.as_secs(),
+        config.cancel_interval.as_secs(),
+    );
+    let patterns: String =
+        spec.outputs.iter().filter_map(|pattern| case_pattern(&pattern.0)).collect();
+    vec![
+        ("bridge-job.conf", settings.into_bytes()),
+        ("bridge-job.env", moved(&environment(&spec.env), &spec.workspace).into_bytes()),
+        ("bridge-job.outputs", patterns.into_bytes()),
+        ("bridge-job.script", moved(&spec.script, &spec.workspace).into_bytes()),
+        (PROGRAM, HELPER.as_bytes().to_vec()),
+    ]
+}
+
+/// Writes the environment as shell; later entries win because they come later.
+fn environment(env: &[EnvVar]) -> String {
+    let mut text = String::new();
+    for EnvVar { name, value } in env {
+        if READ_ONLY.contains(&name.as_str()) {
+            // `command` takes the deadly ending from a special built-in.
+            text.push_str("command ");
+        }
+        text.push_str("export ");
+        text.push_str(name);
+        text.push('=');
+        text.push_str(&quote(value.expose_secret()));
+        if READ_ONLY.contains(&name.as_str()) {
+            text.push_str(" 2>/dev/null || :");
+        }
+        text.push('\n');
+    }
+    text
+}
+
+/// Puts a mark in place of the workspace's path, which is another one on the worker.
+///
+/// What lies beside it under the same name with `.tmp` travels too. A longer name is another directory.
+fn moved(text: &str, workspace: &Utf8Path) -> String {
+    let path = workspace.as_str().trim_end_matches('/');
+    let quoted = path.replace('\'', r"'\''");
+    let text = replaced(text, path);
+    if quoted == path { text } else { replaced(&text, &quoted) }
+}
+
+fn replaced(text: &str, path: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once(path) {
+        out.push_str(before);
+        let whole = match after.chars().next() {
+            None => true,
+            Some('.') => {
+                let tail = after.strip_prefix(".tmp");
+                !after.chars().nth(1).is_some_and(in_name)
+                    || tail.is_some_and(|tail| !tail.chars().next().is_some_and(in_name))
+            }
+            Some(c) => !in_name(c),
+        };
+        // The end of a longer path is another directory as well.
+        let begins = !before.chars().next_back().is_some_and(|c| in_name(c) || c == '.');
+        out.push_str(if whole && begins { PLACE } else { path });
+        rest = after;
+    }
+    out.push_str(rest);
+    out
+}
+
+fn in_name(c: char) -> bool {
+    c.is_alphanumeric() || matches!(c, '_' | '-')
+}
+
+/// Turns a glob into a pattern of the shell's `case` that fits at least the same names.
+fn case_pattern(glob: &str) -> Option<String> {
+    let glob = glob.trim_start_matches("./").trim_end_matches('/');
+    if glob.is_empty() || glob.contains(['\n', '\0']) {
+        return None;
+    }
+    let mut out = String::new();
+    let mut chars = glob.chars().peekable();
+    let mut braces = 0_usize;
+    while let Some(c) = chars.next() {
+        match c {
+            '{' => {
+                braces += 1;
+                out.push('*');
+            }
+            '}' if braces > 0 => braces -= 1,
+            _ if braces > 0 => {}
+            '*' => {
+                while chars.peek() == Some(&'*') {
+                    chars.next();
+                }
+                out.push('*');
+                // `a/**/b` is also `a/b`.
+                if chars.peek() == Some(&'/') && glob.contains("**") {
+                    chars.next();
+                }
+            }
+            '?' => out.push('?'),
+            '[' => {
+                while chars.next().is_some_and(|c| c != ']') {}
+                out.push('*');
+            }
+            '\\' => {}
+            c if c.is_alphanumeric() || "._/-+=,@%:".contains(c) => out.push(c),
+            // Anything that means something to a shell; one character of any kind is close enough.
+            _ => out.push('?'),
+        }
+    }
+    out.push('\n');
+    Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_workspaces_path_is_replaced_and_no_other() {
+        let ws = Utf8Path::new("/b/br-1/p");
+        for (text, expected) in [
+            ("cd '/b/br-1/p' && ls /b/br-1/p/x", "cd '@bridge-workspace@' && ls @bridge-workspace@/x"),
+            ("A=/b/br-1/p.tmp/F", "A=@bridge-workspace@.tmp/F"),
+            ("/b/br-1/p.", "@bridge-workspace@."),
+            ("/b/br-1/p.tmpx /b/br-1/p2 /b/br-1/p-x", "/b/br-1/p.tmpx /b/br-1/p2 /b/br-1/p-x"),
+            ("/a/b/br-1/p:/b/br-1/p", "/a/b/br-1/p:@bridge-workspace@"),
+            ("/a.b/br-1/p", "/a.b/br-1/p"),
+        ] {
+            let expected = expected.replace("/a/b/br-1/p:", "/a/b/br-1/p:");
+            assert_eq!(moved(text, ws), expected, "{text}");
+        }
+        assert_eq!(moved("cd '/it'\\''s'", Utf8Path::new("/it's")), format!("cd '{PLACE}'"));
+    }
+
+    #[test]
+    fn patterns_fit_at_least_what_the_globs_fit() {
+        let pattern = |glob| case_pattern(glob).map(|text| text.trim_end().to_owned());
+        for (glob, expected) in [
+            ("build/", Some("build")),
+            ("**/*.xml", Some("**.xml")),
+            ("a/**/b.txt", Some("a/*b.txt")),
+            ("a.{o,so}", Some("a.*")),
+            ("x[ab].o", Some("x*.o")),
+            ("x y;$(id)", Some("x?y??(id)")),
+            ("./a", Some("a")),
+            ("", None),
+            ("a\nb", None),
+        ] {
+            let expected = expected.map(|text: &str| text.replace("(id)", "?id?"));
+            assert_eq!(pattern(glob), expected, "{glob}");
+        }
+    }
+}
