@@ -151,7 +151,10 @@ def s3(port, root):
                     fields[name.lower()] = part.get_payload(decode=True).decode()
             if content is None:
                 return self.error(400, "InvalidArgument")
-            refused = refusal(fields, content, bucket.name)
+            try:
+                refused = refusal(fields, content, bucket.name)
+            except KeyError:
+                refused = 403, "AccessDenied"
             if refused:
                 return self.error(*refused)
             target = self.file(bucket, fields["key"])

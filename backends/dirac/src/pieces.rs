@@ -147,7 +147,7 @@ pub(crate) fn kind(id: u64, name: &str, content: Option<Bytes>) -> Kind {
     let rest = |word: &str| {
         name.strip_prefix(word)?.strip_prefix(&id.to_string()).map(str::to_owned)
     };
-    if let Some(rest) = rest("bridge-log.") {
+    if let Some(rest) = rest("bridge-log.").filter(|rest| rest.starts_with('.')) {
         let offset = rest.rsplit('.').next().and_then(|offset| offset.parse().ok());
         return match (offset, content) {
             (Some(offset), Some(bytes)) => {

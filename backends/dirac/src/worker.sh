@@ -89,7 +89,8 @@ http_form() {
   else
     _url=$1 _fields=$2 _file=$3
     set --
-    while IFS= read -r _line; do set -- "$@" --form-string "$_line"; done <"$_fields"
+    # The last line has no end.
+    while IFS= read -r _line || [ -n "$_line" ]; do set -- "$@" --form-string "$_line"; done <"$_fields"
     code=$(curl -q -sS --globoff --connect-timeout 10 --max-time 1800 --speed-limit 100 --speed-time 60 -X POST \
       -o "$t/answer" -w '%{http_code}' "$@" -F "file=@$_file;type=application/octet-stream" "$_url" 2>>"$t/noise")
   fi

@@ -12,6 +12,7 @@ mod ending;
 mod logs;
 mod lookup;
 mod running;
+mod travel;
 mod trial;
 
 use std::collections::hash_map::RandomState;
@@ -185,6 +186,7 @@ checks! {
     ending::a_cancel_after_the_end_changes_nothing,
     ending::the_wall_time_is_a_limit,
     ending::a_release_may_be_repeated,
+    travel::a_workspace_travels_and_its_outputs_come_home,
 }
 
 /// Runs all checks.

@@ -75,7 +75,7 @@ pub(super) async fn the_environment_arrives_as_it_was_sent(trial: &mut Trial<'_>
     spec.env.push(variable("IFS", "a:"));
     // Exported, not only set: programs see it too.
     script.push("env >all\n".to_owned());
-    spec.script = script.concat();
+    spec.script.push_str(&script.concat());
     let job = trial.submit(&spec).await?;
     trial.expect(&job, 0).await?;
     for (n, value) in values.iter().enumerate() {

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{Harness, unique};
 use crate::{
-    Backend, BackendError, EnvVar, ErrorKind, JobRef, JobSpec, Limits, Lookup, Observation,
+    Backend, BackendError, EnvVar, ErrorKind, Filesystem, JobRef, JobSpec, Limits, Lookup, Observation,
     Outcome, SubmitToken,
 };
 
@@ -68,12 +68,31 @@ impl<'a> Trial<'a> {
     }
 
     /// Makes a job of a script, in a workspace of its own.
+    ///
+    /// Where the workspace travels, the script goes back to where it came from, since the checks look
+    /// there. Its path is written in another way, because a backend may give it the copy's.
     pub(super) fn spec(&mut self, script: impl Into<String>) -> JobSpec {
+        let workspace = self.harness.workspace();
+        let mut script = script.into();
+        if self.backend.capabilities().filesystem == Filesystem::Sandbox {
+            let (parent, name) = (workspace.parent(), workspace.file_name());
+            let (parent, name) = (parent.unwrap_or(&workspace), name.unwrap_or_default());
+            script = format!("cd '{parent}/./{name}' || exit 99\n{script}");
+        }
+        self.travelling(script, workspace)
+    }
+
+    /// Makes a job of a script that runs in whatever directory the backend gives it.
+    pub(super) fn travelling(
+        &mut self,
+        script: impl Into<String>,
+        workspace: Utf8PathBuf,
+    ) -> JobSpec {
         JobSpec {
             label: "conformance: Ärger & \"quotes\" $HOME `id` \\".to_owned(),
             script: script.into(),
             env: Vec::new(),
-            workspace: self.harness.workspace(),
+            workspace,
             outputs: Vec::new(),
             limits: Limits::default(),
             options: toml::Table::new(),

@@ -1,0 +1,18 @@
+//! The backend against a real DiracX with a site that runs its jobs.
+//!
+//! `BRIDGE_TESTS_WITHOUT=dirac` leaves these out. Without it, a machine on which no DiracX can be started
+//! fails.
+
+// A whole test binary is test code; clippy knows it by this.
+#[cfg(test)]
+mod bed;
+#[cfg(test)]
+mod conformance;
+#[cfg(test)]
+mod failures;
+#[cfg(test)]
+mod jobs;
+#[cfg(test)]
+mod proxy;
+#[cfg(test)]
+mod tokens;

@@ -1,0 +1,137 @@
+//! Stands between the backend and the server: counts, loses and changes what passes.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{Request, State};
+use axum::http::StatusCode;
+use axum::response::Response;
+
+/// What happens to a request whose method and path begin like this.
+#[derive(Clone, Debug)]
+pub(crate) enum Mischief {
+    /// It never arrives, and the connection ends.
+    LoseQuestion,
+    /// It arrives, and the connection ends instead of an answer.
+    LoseAnswer,
+    /// It is answered so.
+    Say(u16, &'static str),
+    /// In its answer every job has this status.
+    Status(String),
+}
+
+#[derive(Default)]
+struct Inner {
+    asked: BTreeMap<String, usize>,
+    mischief: Vec<(&'static str, Mischief)>,
+}
+
+/// A proxy before a bed's server.
+#[derive(Clone)]
+pub(crate) struct Proxy {
+    pub(crate) url: String,
+    inner: Arc<Mutex<Inner>>,
+    to: String,
+    http: reqwest::Client,
+}
+
+impl Proxy {
+    pub(crate) async fn before(to: &str) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .tls_certs_only([])
+            .redirect(reqwest::redirect::Policy::none())
+            .build()
+            .unwrap();
+        let proxy = Self { url, inner: Arc::default(), to: to.to_owned(), http };
+        let app = Router::new().fallback(pass).with_state(proxy.clone());
+        tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+        proxy
+    }
+
+    /// Does this to the next request that begins so.
+    pub(crate) fn next(&self, begin: &'static str, mischief: Mischief) {
+        self.inner.lock().unwrap().mischief.push((begin, mischief));
+    }
+
+    /// Says whether all mischief was done.
+    pub(crate) fn is_honest(&self) -> bool {
+        self.inner.lock().unwrap().mischief.is_empty()
+    }
+
+    pub(crate) fn asked(&self) -> usize {
+        self.inner.lock().unwrap().asked.values().sum()
+    }
+
+    pub(crate) fn asked_of(&self, begin: &str) -> usize {
+        let inner = self.inner.lock().unwrap();
+        inner.asked.iter().filter(|(what, _)| what.starts_with(begin)).map(|(_, n)| n).sum()
+    }
+}
+
+/// A body that breaks off, and its connection with it.
+fn broken() -> Response {
+    let stream = futures_util::stream::once(async { Err::<Bytes, _>(std::io::Error::other("cut")) });
+    let mut response = Response::new(Body::from_stream(stream));
+    response.headers_mut().insert("content-length", "5".parse().unwrap());
+    response
+}
+
+async fn pass(State(proxy): State<Proxy>, request: Request) -> Response {
+    let (head, body) = request.into_parts();
+    let body = axum::body::to_bytes(body, 1 << 30).await.unwrap();
+    let target = head.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
+    let what = format!("{} {target}", head.method);
+    let mischief = {
+        let mut inner = proxy.inner.lock().unwrap();
+        *inner.asked.entry(what.clone()).or_default() += 1;
+        let at = inner.mischief.iter().position(|(begin, _)| what.starts_with(begin));
+        at.map(|at| inner.mischief.remove(at).1)
+    };
+    match &mischief {
+        Some(Mischief::LoseQuestion) => return broken(),
+        Some(Mischief::Say(status, text)) => {
+            let mut response = Response::new(Body::from(*text));
+            *response.status_mut() = StatusCode::from_u16(*status).unwrap();
+            return response;
+        }
+        Some(Mischief::LoseAnswer | Mischief::Status(_)) | None => {}
+    }
+    let mut ask = proxy.http.request(head.method, format!("{}{target}", proxy.to)).body(body);
+    for (name, value) in &head.headers {
+        if !matches!(name.as_str(), "host" | "content-length" | "connection" | "transfer-encoding") {
+            ask = ask.header(name, value);
+        }
+    }
+    let Ok(answer) = ask.send().await else {
+        return Response::builder().status(502).body(Body::from("no server")).unwrap();
+    };
+    let (status, headers) = (answer.status(), answer.headers().clone());
+    let mut bytes = answer.bytes().await.unwrap_or_default();
+    match mischief {
+        Some(Mischief::LoseAnswer) => return broken(),
+        Some(Mischief::Status(word)) => {
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            let mut parts = text.split("\"Status\":\"");
+            let mut changed = parts.next().unwrap_or_default().to_owned();
+            for part in parts {
+                let (_, rest) = part.split_once('"').unwrap();
+                changed.push_str(&format!("\"Status\":\"{word}\"{rest}"));
+            }
+            bytes = Bytes::from(changed);
+        }
+        Some(Mischief::LoseQuestion | Mischief::Say(..)) | None => {}
+    }
+    let mut response = Response::new(Body::from(bytes));
+    *response.status_mut() = status;
+    for (name, value) in &headers {
+        if !matches!(name.as_str(), "content-length" | "connection" | "transfer-encoding") {
+            response.headers_mut().insert(name, value.clone());
+        }
+    }
+    response
+}
