@@ -53,7 +53,10 @@ pub enum RegistryError {
 impl Registry {
     /// Gives the drivers that come with bridge.
     pub fn builtin() -> Self {
-        Self::default().with(bridge_backend_local::DRIVER).with(bridge_backend_slurm::DRIVER)
+        Self::default()
+            .with(bridge_backend_local::DRIVER)
+            .with(bridge_backend_slurm::DRIVER)
+            .with(bridge_backend_dirac::DRIVER)
     }
 
     /// Adds a driver; one of the same kind is replaced.
@@ -158,6 +161,6 @@ mod tests {
 
     #[test]
     fn the_builtin_kinds_are_there() {
-        assert_eq!(Registry::builtin().kinds().collect::<Vec<_>>(), ["local", "slurm"]);
+        assert_eq!(Registry::builtin().kinds().collect::<Vec<_>>(), ["dirac", "local", "slurm"]);
     }
 }

@@ -8,6 +8,9 @@ a job's JDL from the database, as they do, and does all else over HTTP, with the
 of DIRAC's own job wrapper. A payload gets what it would get there: its input sandbox unpacked in its
 working directory, JOBID, a proxy file with a token of its owner, TERM and then KILL when it was killed.
 
+DIRAC's heartbeats come every 20 minutes; here they come every 10 seconds, so that a payload that looks
+after itself is still the first to notice that it was killed.
+
 While a file `hold` lies in BED, nothing is started.
 """
 import argparse
@@ -269,7 +272,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("bed")
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--beat", type=float, default=2.0)
+    parser.add_argument("--beat", type=float, default=10.0)
     parser.add_argument("--name", default="DIRAC.Bed.local")
     site = Site(parser.parse_args())
     while True:

@@ -166,7 +166,7 @@ fn crates_and_macros_stay_in_their_places() {
 
 #[test]
 fn backends_know_nothing_of_us() {
-    for backend in ["api", "local", "slurm"] {
+    for backend in ["api", "dirac", "local", "slurm"] {
         let manifest =
             std::fs::read_to_string(root().join("backends").join(backend).join("Cargo.toml"));
         let manifest: toml::Table = manifest.unwrap().parse().unwrap();

@@ -36,10 +36,8 @@ struct After {
 
 impl Dirac {
     pub(crate) async fn kill(&self, jobs: &[JobRef]) -> Result<()> {
-        let ours: HashMap<u64, &str> = jobs
-            .iter()
-            .filter_map(|job| Some((number(&job.id)?, job.token.as_str())))
-            .collect();
+        let ours: HashMap<u64, &str> =
+            jobs.iter().filter_map(|job| Some((number(&job.id)?, job.token.as_str()))).collect();
         if ours.is_empty() {
             return Ok(());
         }
@@ -71,9 +69,7 @@ impl Dirac {
         let body = Value::Object(body);
         let context = "kill jobs";
         let answer = self
-            .ask("a kill", || {
-                with_json(self.client.ask(Method::PATCH, "api/jobs/status"), &body)
-            })
+            .ask("a kill", || with_json(self.client.ask(Method::PATCH, "api/jobs/status"), &body))
             .await
             .map_err(unasked(context))?;
         if !answer.ok() {

@@ -212,11 +212,6 @@ impl Answer {
         };
         Said { what: self.what, status: self.status, words }
     }
-
-    /// Says whether the other side said this.
-    pub(crate) fn mentions(&self, text: &str) -> bool {
-        String::from_utf8_lossy(&self.body).contains(text)
-    }
 }
 
 /// Adds a body of JSON.

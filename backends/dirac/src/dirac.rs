@@ -142,7 +142,9 @@ impl Dirac {
         let mut outs = None;
         for at in (0..known.slots.len()).rev() {
             self.learn(id, &mut known, at).await?;
-            if let Some(Kind::End { outs: count }) = known.slots.get(at).and_then(|s| s.kind.as_ref()) {
+            if let Some(Kind::End { outs: count }) =
+                known.slots.get(at).and_then(|s| s.kind.as_ref())
+            {
                 outs = Some((*count, at));
                 break;
             }

@@ -55,6 +55,7 @@ mod config;
 mod dirac;
 mod failure;
 mod jdl;
+mod login;
 mod options;
 mod pieces;
 mod poll;
@@ -72,6 +73,7 @@ use std::sync::Arc;
 use bridge_backend::{Backend, Driver, OpenError};
 
 pub use crate::dirac::Dirac;
+pub use crate::login::{Invitation, LoginError, login};
 
 /// The driver for `kind = "dirac"`.
 pub const DRIVER: Driver = Driver { kind: "dirac", open };

@@ -166,7 +166,8 @@ mod tests {
 
     #[test]
     fn words_come_as_text_or_list_and_numbers_in_quotes_too() {
-        let wishes = read("site = 'A, B.c'\ntags = ['x']\ncpu_time = '3600'\nprocessors = 2").unwrap();
+        let wishes =
+            read("site = 'A, B.c'\ntags = ['x']\ncpu_time = '3600'\nprocessors = 2").unwrap();
         assert_eq!(wishes.site, ["A", "B.c"]);
         assert_eq!(wishes.cpu_time, Some(3600));
         let all = wishes.over(&read("site = 'Z'\nplatform = 'p'").unwrap());

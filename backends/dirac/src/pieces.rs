@@ -120,10 +120,8 @@ impl Known {
         let grown = list.len() > self.slots.len();
         let mut old: HashMap<String, Option<Kind>> =
             self.slots.drain(..).map(|slot| (slot.pfn, slot.kind)).collect();
-        self.slots = list
-            .into_iter()
-            .map(|pfn| Slot { kind: old.remove(&pfn).flatten(), pfn })
-            .collect();
+        self.slots =
+            list.into_iter().map(|pfn| Slot { kind: old.remove(&pfn).flatten(), pfn }).collect();
         grown
     }
 
@@ -144,9 +142,8 @@ impl Known {
 
 /// Reads what a sandbox is from the name in it, and for the mark of the end from its text.
 pub(crate) fn kind(id: u64, name: &str, content: Option<Bytes>) -> Kind {
-    let rest = |word: &str| {
-        name.strip_prefix(word)?.strip_prefix(&id.to_string()).map(str::to_owned)
-    };
+    let rest =
+        |word: &str| name.strip_prefix(word)?.strip_prefix(&id.to_string()).map(str::to_owned);
     if let Some(rest) = rest("bridge-log.").filter(|rest| rest.starts_with('.')) {
         let offset = rest.rsplit('.').next().and_then(|offset| offset.parse().ok());
         return match (offset, content) {
@@ -174,7 +171,13 @@ pub(crate) fn kind(id: u64, name: &str, content: Option<Bytes>) -> Kind {
 
 impl Dirac {
     /// Reads a job's log from a byte.
-    pub(crate) async fn log(&self, id: u64, job: &JobRef, from: u64, limit: usize) -> Result<LogChunk> {
+    pub(crate) async fn log(
+        &self,
+        id: u64,
+        job: &JobRef,
+        from: u64,
+        limit: usize,
+    ) -> Result<LogChunk> {
         let known = self.shelf.of(id);
         let mut known = known.lock().await;
         if let Some(chunk) = self.serve(id, &mut known, from, limit).await? {
@@ -199,7 +202,8 @@ impl Dirac {
             FIRST_LOOK.min(self.config.log_interval)
         } else {
             // A silent job is asked less and less.
-            (known.pause * 2).clamp(FIRST_LOOK.min(self.config.log_interval), self.config.log_interval * 3)
+            (known.pause * 2)
+                .clamp(FIRST_LOOK.min(self.config.log_interval), self.config.log_interval * 3)
         };
         if let Some(chunk) = self.serve(id, &mut known, from, limit).await? {
             return Ok(chunk);
@@ -330,7 +334,9 @@ mod tests {
         assert!(matches!(kind(7, "bridge-out.7.2", None), Kind::Out { number: 2 }));
         assert!(matches!(kind(7, "bridge-end.7", text("x=1\nouts=3\n")), Kind::End { outs: 3 }));
         assert!(matches!(kind(7, "bridge-begin.7", text("")), Kind::Begin));
-        for name in ["bridge-log.8.1.0", "bridge-log.77", "bridge-end.71", "std.out", "bridge-out.7"] {
+        for name in
+            ["bridge-log.8.1.0", "bridge-log.77", "bridge-end.71", "std.out", "bridge-out.7"]
+        {
             let kind = kind(7, name, text(""));
             assert!(matches!(kind, Kind::Other), "{name}: {kind:?}");
         }

@@ -162,9 +162,8 @@ impl Dirac {
     /// Begins to fetch a sandbox; `None` when the store does not have it.
     pub(crate) async fn open_sandbox(&self, pfn: &str) -> Result<Option<Open>> {
         let context = "fetch what the job has handed in";
-        let query = url::form_urlencoded::Serializer::new(String::new())
-            .append_pair("pfn", pfn)
-            .finish();
+        let query =
+            url::form_urlencoded::Serializer::new(String::new()).append_pair("pfn", pfn).finish();
         let path = format!("api/jobs/sandbox?{query}");
         let answer = self.ask("a sandbox", || self.client.ask(Method::GET, &path)).await;
         let answer = answer.map_err(unasked(context))?;
@@ -175,16 +174,16 @@ impl Dirac {
         }
         let found: Found = answer.json().map_err(nonsense(context))?;
         let request = self.client.elsewhere(Method::GET, store_url(&found.url)?);
-        let failed =
-            |error: reqwest::Error| transient(context).with_source(error.without_url());
+        let failed = |error: reqwest::Error| transient(context).with_source(error.without_url());
         let mut rest = request.timeout(TRANSFER).send().await.map_err(failed)?;
         match rest.status().as_u16() {
             200..=299 => {}
             // Named by a job that never sent it.
             404 => return Ok(None),
             status => {
-                return Err(transient(context)
-                    .with_source(format!("the store answered with {status}")));
+                return Err(
+                    transient(context).with_source(format!("the store answered with {status}"))
+                );
             }
         }
         let mut head = BytesMut::new();

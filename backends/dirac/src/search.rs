@@ -120,9 +120,7 @@ impl Dirac {
         for page in 1..=PAGES {
             let path = format!("api/jobs/search?page={page}&per_page={PAGE}");
             let answer = self
-                .ask("a search", || {
-                    with_json(self.client.ask(Method::POST, &path), &body)
-                })
+                .ask("a search", || with_json(self.client.ask(Method::POST, &path), &body))
                 .await
                 .map_err(unasked("search for jobs"))?;
             match answer.status {

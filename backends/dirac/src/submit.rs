@@ -47,8 +47,7 @@ impl Dirac {
         });
         let login = self.tokens.token().await;
         let login = login.map_err(|error| unasked("submit the job")(AskError::Token(error)))?;
-        let files =
-            worker::files(&self.config, token, &login.claims.preferred_username, spec);
+        let files = worker::files(&self.config, token, &login.claims.preferred_username, spec);
         // Goes with this future, and packing looks here whether anybody still wants it.
         let wanted = Arc::new(());
         let packed = {
@@ -82,9 +81,7 @@ impl Dirac {
     ) -> Result<ExternalId> {
         let body = json!([jdl]);
         let answer = self
-            .ask("a submission", || {
-                with_json(self.client.ask(Method::POST, "api/jobs/jdl"), &body)
-            })
+            .ask("a submission", || with_json(self.client.ask(Method::POST, "api/jobs/jdl"), &body))
             .await
             .map_err(|error| match &error {
                 AskError::Token(_) | AskError::Call(CallError::Unsent { .. }) => {

@@ -87,7 +87,6 @@ impl TokenError {
 pub(crate) struct Granted {
     pub(crate) access_token: SecretString,
     pub(crate) refresh_token: Option<SecretString>,
-    pub(crate) expires_in: i64,
 }
 
 impl Tokens {
@@ -116,9 +115,7 @@ impl Tokens {
         let mut state = Arc::clone(&self.state).lock_owned().await;
         let good = |held: &Held| {
             let tired = match (self.client.server_time(), refused) {
-                (_, Some(refused)) => {
-                    held.access.expose_secret() == refused.access.expose_secret()
-                }
+                (_, Some(refused)) => held.access.expose_secret() == refused.access.expose_secret(),
                 (Some(now), None) => held.claims.exp - now.as_second() < RENEW_BEFORE,
                 (None, None) => false,
             };
@@ -273,11 +270,7 @@ impl Renewal {
         TokenError::Refused { path: self.path.clone(), why }
     }
 
-    async fn ask(
-        &self,
-        state: &mut State,
-        refresh: &SecretString,
-    ) -> Result<Granted, TokenError> {
+    async fn ask(&self, state: &mut State, refresh: &SecretString) -> Result<Granted, TokenError> {
         let form = url::form_urlencoded::Serializer::new(String::new())
             .append_pair("grant_type", "refresh_token")
             .append_pair("client_id", CLIENT_ID)

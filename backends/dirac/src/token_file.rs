@@ -132,9 +132,8 @@ fn parse(text: &str, path: &Utf8Path) -> Result<Held, FileError> {
             .split_once("-----END DIRACX-----")
             .ok_or_else(|| malformed("its DIRACX block has no end"))?;
         let block: String = block.split_whitespace().collect();
-        let json = STANDARD
-            .decode(block)
-            .map_err(|_cause| malformed("its DIRACX block is not base64"))?;
+        let json =
+            STANDARD.decode(block).map_err(|_cause| malformed("its DIRACX block is not base64"))?;
         (Form::Proxy, serde_json::from_slice::<Tokens>(&json))
     } else if text.contains("-----BEGIN") {
         return Err(malformed("it is a proxy without a DIRACX block"));
@@ -233,7 +232,8 @@ pub(crate) fn create(
     refresh: &SecretString,
     expires_on: i64,
 ) -> Result<(), FileError> {
-    let made = fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
+    let made =
+        fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
     let file = made.map_err(failed("make", path))?;
     rustix::fs::flock(&file, FlockOperation::LockExclusive)
         .map_err(|errno| failed("lock", path)(errno.into()))?;
@@ -266,7 +266,8 @@ mod tests {
 
     #[test]
     fn all_three_forms_are_read() {
-        let json = format!("{{\"access_token\":\"{}\",\"refresh_token\":\"r\",\"expires_on\":1}}", jwt(5));
+        let json =
+            format!("{{\"access_token\":\"{}\",\"refresh_token\":\"r\",\"expires_on\":1}}", jwt(5));
         let block = STANDARD.encode(&json);
         let (head, tail) = block.split_at(60);
         let proxy = format!(
@@ -320,7 +321,10 @@ mod tests {
 
     #[test]
     fn a_written_file_is_read_again_and_keeps_its_lock() {
-        let (_dir, path) = file(&format!("{{\"access_token\":\"{}\",\"x\":\"{}\"}}", jwt(5), "long ".repeat(99)), 0o600);
+        let (_dir, path) = file(
+            &format!("{{\"access_token\":\"{}\",\"x\":\"{}\"}}", jwt(5), "long ".repeat(99)),
+            0o600,
+        );
         let locked = Locked::open(&path).unwrap().unwrap();
         assert!(Locked::open(&path).unwrap().is_none());
         locked.write(&jwt(9).into(), &"new".into(), 9).unwrap();

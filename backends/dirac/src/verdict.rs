@@ -123,9 +123,10 @@ fn own_end(row: &Row) -> Option<(Report, Option<Timestamp>)> {
     let of_line = |line: &Logged| {
         Some((report(line.application_status.as_deref()).filter(is_end)?, line.time()))
     };
-    row.history().iter().find_map(of_line).or_else(|| {
-        Some((report(row.application_status.as_deref()).filter(is_end)?, None))
-    })
+    row.history()
+        .iter()
+        .find_map(of_line)
+        .or_else(|| Some((report(row.application_status.as_deref()).filter(is_end)?, None)))
 }
 
 /// Says whether a job told its own end already.
@@ -201,9 +202,7 @@ pub(crate) fn read(row: &Row, now: Option<Timestamp>, grace: Duration) -> Readin
                 (true, Some(_), None) => Reading::NoNews,
             }
         }
-        Phase::Unknown => {
-            Reading::Tell(Observation::Unclear { status: row.status().to_owned() })
-        }
+        Phase::Unknown => Reading::Tell(Observation::Unclear { status: row.status().to_owned() }),
     }
 }
 
@@ -222,12 +221,9 @@ fn failed(row: &Row) -> Outcome {
         .or(row.minor_status.as_deref())
         .unwrap_or_default();
     match minor {
-        "Job has exceeded maximum wall clock time" | "Job has reached the CPU limit of the queue" => {
-            Outcome::TimedOut
-        }
-        "Marked for termination" | "Received Kill signal" => {
-            Outcome::Cancelled { by: killer(row) }
-        }
+        "Job has exceeded maximum wall clock time"
+        | "Job has reached the CPU limit of the queue" => Outcome::TimedOut,
+        "Marked for termination" | "Received Kill signal" => Outcome::Cancelled { by: killer(row) },
         "Job stalled: pilot not running" | "Watchdog identified this job as stalled" => {
             Outcome::NodeFailed
         }
@@ -284,9 +280,8 @@ fn reason(row: &Row) -> String {
 
 /// Puts DIRAC's words into a sentence.
 fn words(row: &Row) -> String {
-    let known = |text: &Option<String>| {
-        text.clone().filter(|text| !text.is_empty() && text != "Unknown")
-    };
+    let known =
+        |text: &Option<String>| text.clone().filter(|text| !text.is_empty() && text != "Unknown");
     let minor = known(&row.minor_status).map(|m| format!(", {m}")).unwrap_or_default();
     let application = known(&row.application_status)
         .filter(|text| !text.starts_with(OURS))

@@ -40,9 +40,16 @@ const GOOD: &str = "bridge: ended exit_code=0 step=script log_len=6 pieces=1 out
 
 #[test]
 fn every_status_of_dirac_has_its_meaning() {
-    for status in
-        ["Submitting", "Received", "Checking", "Staging", "Scouting", "Waiting", "Matched", "Rescheduled"]
-    {
+    for status in [
+        "Submitting",
+        "Received",
+        "Checking",
+        "Staging",
+        "Scouting",
+        "Waiting",
+        "Matched",
+        "Rescheduled",
+    ] {
         let seen = read(&row(&[line(status, "x", "Unknown", 1)]), now(0), GRACE);
         assert!(matches!(seen, Reading::Tell(Observation::Pending { .. })), "{status}: {seen:?}");
         assert!(can_be_killed(status), "{status}");
@@ -71,7 +78,10 @@ fn the_jobs_own_word_counts_whatever_dirac_says() {
         vec![line("Done", "Execution Complete", GOOD, 5)],
         vec![line("Failed", "Uploading Output Sandbox", "x", 5)],
         vec![line("Killed", "Marked for termination", "x", 5)],
-        vec![line("Rescheduled", "Job Rescheduled", "x", 5), line("Failed", "x", "bridge: refused y", 6)],
+        vec![
+            line("Rescheduled", "Job Rescheduled", "x", 5),
+            line("Failed", "x", "bridge: refused y", 6),
+        ],
     ] {
         let history = [vec![running.clone(), ended.clone()], later].concat();
         assert_eq!(outcome(&history), Outcome::Exited { code: 0 }, "{history:?}");
@@ -113,7 +123,10 @@ fn a_failure_is_read_from_its_minor_status() {
 
 #[test]
 fn a_killed_job_that_ran_is_awaited_and_one_that_did_not_is_over() {
-    assert_eq!(outcome(&[line("Killed", "x", "", 1)]), Outcome::Cancelled { by: Some("JobWrapper in DIRAC".into()) });
+    assert_eq!(
+        outcome(&[line("Killed", "x", "", 1)]),
+        Outcome::Cancelled { by: Some("JobWrapper in DIRAC".into()) }
+    );
     let history = [line("Running", "x", "", 1), line("Killed", "x", "", 2)];
     let early = "2026-01-01T00:00:30Z".parse().ok();
     let seen = read(&row(&history), early, GRACE);
@@ -134,7 +147,10 @@ fn what_was_told_to_end_waits_for_diracs_reason() {
     let seen = read(&row(&[line("Running", "x", told, 1)]), now(0), GRACE);
     assert!(matches!(seen, Reading::Tell(Observation::Running { .. })), "{seen:?}");
     let minor = "Job has exceeded maximum wall clock time";
-    assert_eq!(outcome(&[line("Running", "x", told, 1), line("Failed", minor, "", 2)]), Outcome::TimedOut);
+    assert_eq!(
+        outcome(&[line("Running", "x", told, 1), line("Failed", minor, "", 2)]),
+        Outcome::TimedOut
+    );
     let timeout = "bridge: ended exit_code=143 step=script signalled=TERM why=timeout";
     assert_eq!(outcome(&[line("Running", "x", timeout, 1)]), Outcome::TimedOut);
 }
@@ -143,5 +159,8 @@ fn what_was_told_to_end_waits_for_diracs_reason() {
 fn nonsense_is_no_success() {
     let odd = "bridge: ended exit_code=yes pieces=1 outs=0 log=0";
     assert!(matches!(outcome(&[line("Done", "x", odd, 1)]), Outcome::SystemFailed { .. }));
-    assert!(matches!(outcome(&[line("Done", "x", "bridge: ended", 1)]), Outcome::SystemFailed { .. }));
+    assert!(matches!(
+        outcome(&[line("Done", "x", "bridge: ended", 1)]),
+        Outcome::SystemFailed { .. }
+    ));
 }

@@ -166,7 +166,10 @@ mod tests {
     fn the_workspaces_path_is_replaced_and_no_other() {
         let ws = Utf8Path::new("/b/br-1/p");
         for (text, expected) in [
-            ("cd '/b/br-1/p' && ls /b/br-1/p/x", "cd '@bridge-workspace@' && ls @bridge-workspace@/x"),
+            (
+                "cd '/b/br-1/p' && ls /b/br-1/p/x",
+                "cd '@bridge-workspace@' && ls @bridge-workspace@/x",
+            ),
             ("A=/b/br-1/p.tmp/F", "A=@bridge-workspace@.tmp/F"),
             ("/b/br-1/p.", "@bridge-workspace@."),
             ("/b/br-1/p.tmpx /b/br-1/p2 /b/br-1/p-x", "/b/br-1/p.tmpx /b/br-1/p2 /b/br-1/p-x"),

@@ -10,8 +10,8 @@ use tokio::time::Instant;
 
 use super::{Harness, unique};
 use crate::{
-    Backend, BackendError, EnvVar, ErrorKind, Filesystem, JobRef, JobSpec, Limits, Lookup, Observation,
-    Outcome, SubmitToken,
+    Backend, BackendError, EnvVar, ErrorKind, Filesystem, JobRef, JobSpec, Limits, Lookup,
+    Observation, Outcome, SubmitToken,
 };
 
 /// How a check ended that found nothing wrong.

@@ -75,7 +75,8 @@ impl Proxy {
 
 /// A body that breaks off, and its connection with it.
 fn broken() -> Response {
-    let stream = futures_util::stream::once(async { Err::<Bytes, _>(std::io::Error::other("cut")) });
+    let stream =
+        futures_util::stream::once(async { Err::<Bytes, _>(std::io::Error::other("cut")) });
     let mut response = Response::new(Body::from_stream(stream));
     response.headers_mut().insert("content-length", "5".parse().unwrap());
     response
@@ -103,7 +104,8 @@ async fn pass(State(proxy): State<Proxy>, request: Request) -> Response {
     }
     let mut ask = proxy.http.request(head.method, format!("{}{target}", proxy.to)).body(body);
     for (name, value) in &head.headers {
-        if !matches!(name.as_str(), "host" | "content-length" | "connection" | "transfer-encoding") {
+        if !matches!(name.as_str(), "host" | "content-length" | "connection" | "transfer-encoding")
+        {
             ask = ask.header(name, value);
         }
     }
