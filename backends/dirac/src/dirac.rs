@@ -185,15 +185,17 @@ impl Dirac {
         let (into, most) = (into.to_owned(), self.config.max_workspace);
         let unpacked = tokio::task::spawn_blocking(move || unpack(files, &into, most)).await;
         let unpacked = unpacked.map_err(|error| transient(context).with_source(error))?;
-        unpacked.map_err(|error| match error.kind() {
-            io::ErrorKind::FileTooLarge => BackendError::new(
-                ErrorKind::Rejected(Fault::Job),
-                format!("{context}: they are larger than {most} bytes (`max_workspace`)"),
-            ),
-            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
-                lost("bring the job's outputs home: they are damaged").with_source(error)
+        unpacked.map_err(|error| {
+            if error.kind() == io::ErrorKind::FileTooLarge {
+                return BackendError::new(
+                    ErrorKind::Rejected(Fault::Job),
+                    format!("{context}: they are larger than {most} bytes (`max_workspace`)"),
+                );
             }
-            _ => transient(context).with_source(error),
+            if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) {
+                return lost("bring the job's outputs home: they are damaged").with_source(error);
+            }
+            transient(context).with_source(error)
         })
     }
 }

@@ -220,7 +220,7 @@ impl Locked {
                 }
                 Ok(())
             }
-            (Ok(()), Err(error)) | (Err(_), Err(error)) => Err(failed("write", &self.path)(error)),
+            (Ok(()) | Err(_), Err(error)) => Err(failed("write", &self.path)(error)),
         }
     }
 }

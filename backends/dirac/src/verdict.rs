@@ -171,7 +171,12 @@ pub(crate) fn read(row: &Row, now: Option<Timestamp>, grace: Duration) -> Readin
         }
         return match phase {
             Phase::Failed => ended(failed(row)),
-            _ => ended(Outcome::Cancelled { by: killer(row) }),
+            Phase::Waiting
+            | Phase::Going
+            | Phase::Done
+            | Phase::Killed
+            | Phase::Deleted
+            | Phase::Unknown => ended(Outcome::Cancelled { by: killer(row) }),
         };
     }
     match phase {
@@ -192,8 +197,9 @@ pub(crate) fn read(row: &Row, now: Option<Timestamp>, grace: Duration) -> Readin
             match (ran, last, now) {
                 (false, _, _) | (true, None, _) => ended(Outcome::Cancelled { by: killer(row) }),
                 (true, Some(last), Some(now)) => {
-                    let waited = Duration::try_from(now.duration_since(last)).unwrap_or_default();
-                    if waited > grace {
+                    // A time that lies ahead says nothing about how long it was.
+                    let waited = Duration::try_from(now.duration_since(last));
+                    if waited.is_ok_and(|waited| waited > grace) {
                         ended(Outcome::Cancelled { by: killer(row) })
                     } else {
                         Reading::Tell(Observation::Running { host: host(row) })

@@ -32,7 +32,7 @@ fn now(second: u8) -> Option<Timestamp> {
 fn outcome(history: &[Logged]) -> Outcome {
     match read(&row(history), now(0), GRACE) {
         Reading::Tell(Observation::Ended { outcome, .. }) => outcome,
-        other => panic!("{other:?}"),
+        other @ (Reading::Tell(_) | Reading::NeedHistory | Reading::NoNews) => panic!("{other:?}"),
     }
 }
 

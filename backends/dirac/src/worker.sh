@@ -221,10 +221,10 @@ tell() {
     case $last in *.*) ;; *) last=$last.000000 ;; esac
     newest=$(printf '%s\n%s\n' "$stamp" "$last" | sort | tail -n 1)
     if [ "$newest" = "$last" ]; then
-      part=$(printf '%s000000' "${last##*.}" | cut -c1-6 | sed 's/^0*//')
-      part=$((${part:-0} + 1000))
-      [ "$part" -lt 1000000 ] || part=999999
-      stamp=${last%.*}.$(printf '%06d' "$part")
+      _micro=$(printf '%s000000' "${last##*.}" | cut -c1-6 | sed 's/^0*//')
+      _micro=$((${_micro:-0} + 1000))
+      [ "$_micro" -lt 1000000 ] || _micro=999999
+      stamp=${last%.*}.$(printf '%06d' "$_micro")
     fi
   fi
   printf '{"%s":{"%s+00:00":{"ApplicationStatus":"%s","Source":"bridge"}}}' "$job" "$stamp" "$1" >"$t/ask"

@@ -132,9 +132,12 @@ fn is_dir(path: &Utf8Path) -> Result<bool, PackError> {
 }
 
 fn too_large(limit: u64) -> impl Fn(io::Error) -> PackError {
-    move |error| match error.kind() {
-        io::ErrorKind::FileTooLarge => PackError::TooLarge { limit },
-        _ => PackError::Write(error),
+    move |error| {
+        if error.kind() == io::ErrorKind::FileTooLarge {
+            PackError::TooLarge { limit }
+        } else {
+            PackError::Write(error)
+        }
     }
 }
 
