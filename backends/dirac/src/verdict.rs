@@ -192,7 +192,11 @@ pub(crate) fn read(row: &Row, now: Option<Timestamp>, grace: Duration) -> Readin
         Phase::Deleted => ended(Outcome::Cancelled { by: killer(row) }),
         Phase::Killed => {
             // Killed reads so at once, long before anything ends on the worker.
-            let ran = row.history().iter().any(|line| line.status.as_deref() == Some("Running"));
+            let refused = row.history().iter().any(|line| {
+                matches!(report(line.application_status.as_deref()), Some(Report::Refused { .. }))
+            });
+            let ran = !refused
+                && row.history().iter().any(|line| line.status.as_deref() == Some("Running"));
             let last = row.history().iter().rev().find_map(Logged::time);
             match (ran, last, now) {
                 (false, _, _) | (true, None, _) => ended(Outcome::Cancelled { by: killer(row) }),

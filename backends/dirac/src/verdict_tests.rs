@@ -132,6 +132,10 @@ fn a_killed_job_that_ran_is_awaited_and_one_that_did_not_is_over() {
     let seen = read(&row(&history), early, GRACE);
     assert!(matches!(seen, Reading::Tell(Observation::Running { .. })), "{seen:?}");
     assert!(matches!(outcome(&history), Outcome::Cancelled { .. }));
+    let refused = line("Killed", "x", "bridge: refused it was killed before it started", 3);
+    let never = [history.to_vec(), vec![refused]].concat();
+    let seen = read(&row(&never), early, GRACE);
+    assert!(matches!(seen, Reading::Tell(Observation::Ended { .. })), "{seen:?}");
     let told = "bridge: ended exit_code=143 step=script signalled=TERM why=cancelled pieces=1";
     let history = [line("Running", "x", "", 1), line("Killed", "x", told, 2)];
     let seen = read(&row(&history), early, GRACE);

@@ -272,7 +272,7 @@ trap 'term=1' TERM INT HUP
 
 # Before anything runs: are we still wanted, are we the only one, were we here before?
 insist "$waits" look || give_up "DiracX does not answer this worker (status $code)"
-case $status in Killed | Deleted) echo "bridge: killed before it started"; exit 3 ;; esac
+case $status in Killed | Deleted) give_up "it was killed before it started" ;; esac
 [ "${first:-$job}" = "$job" ] || give_up "job $first has the same name and came first"
 insist "$waits" api GET "/api/jobs/$job/sandbox/output" || give_up "DiracX does not answer this worker (status $code)"
 ! grep -q '/' "$t/answer" || give_up "it was started before, and a job is run only once"

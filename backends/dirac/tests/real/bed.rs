@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use bridge_backend::{Backend, ErrorKind, JobRef, JobSpec, Limits, Observation, Outcome, SubmitToken};
+use bridge_backend::{
+    Backend, ErrorKind, JobRef, JobSpec, Limits, Observation, Outcome, SubmitToken,
+};
 use bridge_backend_dirac::DRIVER;
 use camino::{Utf8Path, Utf8PathBuf};
 use tempfile::TempDir;
@@ -143,12 +145,11 @@ impl Site {
     pub(crate) async fn submit(&self, spec: &JobSpec) -> JobRef {
         let token = token();
         // SQLite under parallel requests fails one now and then.
-        let submitted = until(format!("{token:?}"), async || {
-            match self.backend.submit(&token, spec).await {
+        let submitted =
+            until(format!("{token:?}"), async || match self.backend.submit(&token, spec).await {
                 Err(error) if error.kind() == ErrorKind::Transient => None,
                 submitted => Some(submitted),
-            }
-        });
+            });
         let id = submitted.await.unwrap().unwrap_or_else(|e| panic!("{e:?}"));
         JobRef { token, id }
     }

@@ -86,12 +86,12 @@ async fn a_question_that_is_answered_badly_is_asked_again_later() {
         let error = site.backend.poll(jobs).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Transient, "{status}");
         proxy.next("POST /api/jobs/search", Mischief::Say(status, text));
-        let error = site.backend.find(&[job.token.clone()]).await.unwrap_err();
+        let error = site.backend.find(std::slice::from_ref(&job.token)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Transient, "{status}");
     }
     // Past the end there is nothing, and that is an answer.
     proxy.next("POST /api/jobs/search", Mischief::Say(416, "[]"));
-    assert!(site.backend.find(&[job.token.clone()]).await.unwrap().is_empty());
+    assert!(site.backend.find(std::slice::from_ref(&job.token)).await.unwrap().is_empty());
     for (status, text) in [(403, "{}"), (500, "x"), (200, "[]")] {
         proxy.next("PATCH /api/jobs/status", Mischief::Say(status, text));
         let held = site.run(&wait_for("never")).await;
@@ -169,7 +169,7 @@ async fn foreign_and_vanished_jobs_do_not_spoil_the_rest() {
     site.backend.cancel(&all).await.unwrap();
     assert!(matches!(site.outcome(&ours).await, Outcome::Cancelled { .. }));
     site.backend.release(&foreign).await.unwrap();
-    assert!(site.backend.find(&[theirs.token.clone()]).await.unwrap().is_empty());
+    assert!(site.backend.find(std::slice::from_ref(&theirs.token)).await.unwrap().is_empty());
     other.touch("go");
     assert_eq!(other.outcome(&theirs).await, Outcome::Exited { code: 0 });
     // Another user's job is never ours to read.

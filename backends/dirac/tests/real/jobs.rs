@@ -34,12 +34,12 @@ async fn a_log_of_20_mb_arrives_in_order_each_byte_once() {
     }
     let site = Site::on(&Bed::shared());
     let job =
-        site.run("seq -f 'line %.0f of a log that is long enough' 1 480000\necho end\n").await;
+        site.run("seq -f 'line %.0f of a log that is long enough' 1 500000\necho end\n").await;
     assert_eq!(site.outcome(&job).await, Outcome::Exited { code: 0 });
     let log = String::from_utf8(site.log(&job).await).unwrap();
     assert!(log.len() > 20_000_000, "{}", log.len());
     let mut lines = log.lines();
-    for n in 1..=480_000 {
+    for n in 1..=500_000 {
         assert_eq!(lines.next().unwrap(), format!("line {n} of a log that is long enough"));
     }
     assert_eq!(lines.next(), Some("end"));

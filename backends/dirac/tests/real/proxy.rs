@@ -8,6 +8,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::response::Response;
+use tokio_util::task::TaskTracker;
 
 /// What happens to a request whose method and path begin like this.
 #[derive(Clone, Debug)]
@@ -35,6 +36,7 @@ pub(crate) struct Proxy {
     inner: Arc<Mutex<Inner>>,
     to: String,
     http: reqwest::Client,
+    tasks: TaskTracker,
 }
 
 impl Proxy {
@@ -47,9 +49,10 @@ impl Proxy {
             .redirect(reqwest::redirect::Policy::none())
             .build()
             .unwrap();
-        let proxy = Self { url, inner: Arc::default(), to: to.to_owned(), http };
+        let proxy =
+            Self { url, inner: Arc::default(), to: to.to_owned(), http, tasks: TaskTracker::new() };
         let app = Router::new().fallback(pass).with_state(proxy.clone());
-        tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+        proxy.tasks.spawn(async move { axum::serve(listener, app).await.unwrap() });
         proxy
     }
 
@@ -122,7 +125,7 @@ async fn pass(State(proxy): State<Proxy>, request: Request) -> Response {
             let mut changed = parts.next().unwrap_or_default().to_owned();
             for part in parts {
                 let (_, rest) = part.split_once('"').unwrap();
-                changed.push_str(&format!("\"Status\":\"{word}\"{rest}"));
+                changed.extend(["\"Status\":\"", word.as_str(), "\"", rest]);
             }
             bytes = Bytes::from(changed);
         }

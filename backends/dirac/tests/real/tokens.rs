@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bridge_backend::{ErrorKind, Fault, Outcome};
 use camino::Utf8PathBuf;
+use tokio_util::task::TaskTracker;
 
 use crate::bed::{Bed, QUICK, Site, open, private, token, unwanted};
 use crate::proxy::{Mischief, Proxy};
@@ -38,9 +39,10 @@ async fn a_login_is_renewed_once_however_many_need_it_and_kept() {
     let more = format!("worker_url = '{}'\n{QUICK}", bed.url);
     let backend = open(&proxy.url, &path, &more);
     backend.check().await.unwrap();
+    let tasks = TaskTracker::new();
     let many = (0..10).map(|_| {
         let backend = Arc::clone(&backend);
-        tokio::spawn(async move { backend.find(&[token()]).await.map(drop) })
+        tasks.spawn(async move { backend.find(&[token()]).await.map(drop) })
     });
     for one in many.collect::<Vec<_>>() {
         one.await.unwrap().unwrap();
@@ -175,10 +177,11 @@ async fn a_person_logs_the_robot_in() {
     let path = Utf8PathBuf::from_path_buf(site.dir.path().join("login")).unwrap();
     let table =
         format!("url = '{}'\ntoken_file = '{path}'\nvo = 'testvo'\ngroup = 'user'", bed.url);
+    let tasks = TaskTracker::new();
     let agree = |invitation: bridge_backend_dirac::Invitation| {
         assert!(!invitation.code.is_empty());
         // The person.
-        tokio::spawn(async move {
+        tasks.spawn(async move {
             let http = reqwest::Client::builder().no_proxy().tls_certs_only([]).build().unwrap();
             let page = http.get(invitation.address).send().await.unwrap();
             assert!(page.status().is_success());
