@@ -76,7 +76,7 @@ class Job(threading.Thread):
         super().__init__(name=f"job-{row['JobID']}", daemon=True)
         self.site, self.row, self.id = site, row, row["JobID"]
         self.killed = False
-        self.beaten = 0.0
+        self.beaten = time.monotonic()
 
     def report(self, status=None, minor=None, application=None, source="JobWrapper"):
         said = {"Status": status, "MinorStatus": minor, "ApplicationStatus": application}

@@ -35,6 +35,9 @@ pub(crate) struct Row {
     pub(crate) minor_status: Option<String>,
     #[serde(default)]
     pub(crate) application_status: Option<String>,
+    /// The server's own time of the last change, whatever times were sent with it.
+    #[serde(default)]
+    pub(crate) last_update_time: Option<String>,
     #[serde(default)]
     pub(crate) reschedule_counter: Option<u64>,
     #[serde(default)]
@@ -62,6 +65,11 @@ impl Row {
         self.status.as_deref().unwrap_or_default()
     }
 
+    /// Gives the server's time of the last change.
+    pub(crate) fn changed(&self) -> Option<Timestamp> {
+        time(self.last_update_time.as_deref()?)
+    }
+
     pub(crate) fn history(&self) -> &[Logged] {
         self.logging_info.as_deref().unwrap_or_default()
     }
@@ -70,9 +78,12 @@ impl Row {
 impl Logged {
     /// Gives the time; it comes with and without a zone, which is always UTC.
     pub(crate) fn time(&self) -> Option<Timestamp> {
-        let text = self.status_time.as_deref()?;
-        text.parse().or_else(|_no_zone| format!("{text}Z").parse()).ok()
+        time(self.status_time.as_deref()?)
     }
+}
+
+fn time(text: &str) -> Option<Timestamp> {
+    text.parse().or_else(|_no_zone| format!("{text}Z").parse()).ok()
 }
 
 /// Columns that say what a job is doing.
@@ -85,6 +96,7 @@ pub(crate) const STATE: &[&str] = &[
     "MinorStatus",
     "ApplicationStatus",
     "RescheduleCounter",
+    "LastUpdateTime",
 ];
 
 /// The same, with all that was ever said of it.
@@ -97,6 +109,7 @@ pub(crate) const HISTORY: &[&str] = &[
     "MinorStatus",
     "ApplicationStatus",
     "RescheduleCounter",
+    "LastUpdateTime",
     "LoggingInfo",
 ];
 

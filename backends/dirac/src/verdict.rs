@@ -197,7 +197,7 @@ pub(crate) fn read(row: &Row, now: Option<Timestamp>, grace: Duration) -> Readin
             });
             let ran = !refused
                 && row.history().iter().any(|line| line.status.as_deref() == Some("Running"));
-            let last = row.history().iter().rev().find_map(Logged::time);
+            let last = row.changed().or_else(|| row.history().iter().rev().find_map(Logged::time));
             match (ran, last, now) {
                 (false, _, _) | (true, None, _) => ended(Outcome::Cancelled { by: killer(row) }),
                 (true, Some(last), Some(now)) => {

@@ -5,6 +5,9 @@
 # small programs, and curl or python3. Ends with 0 when the job was good, 1 when it was not, 3 when the
 # job could not be run; other numbers mean something to DIRAC's wrapper.
 set +eu
+# From the very start: whoever is ended must still be able to say so.
+term=''
+trap 'term=1' TERM INT HUP
 home=$PWD
 mask=$(umask)
 umask 077
@@ -24,7 +27,7 @@ mkdir -p "$t" "$dir" || exit 3
 : >"$log"
 mark=BRIDGE_GRID_JOB=$job.$name
 access='' refresh='' expires=0 code=0 seq=1 sent=0 pending='' pieces=0 outs=0
-told='' why='' term='' pid=''
+told='' why=''
 
 if command -v curl >/dev/null 2>&1; then client=curl
 elif command -v python3 >/dev/null 2>&1; then client=python3
@@ -268,8 +271,6 @@ sweep() {
   done
 }
 
-trap 'term=1' TERM INT HUP
-
 # Before anything runs: are we still wanted, are we the only one, were we here before?
 insist "$waits" look || give_up "DiracX does not answer this worker (status $code)"
 case $status in Killed | Deleted) give_up "it was killed before it started" ;; esac
@@ -282,6 +283,7 @@ insist "$waits" history || give_up "DiracX does not answer this worker (status $
 begin=bridge-begin.$job
 printf 'host=%s\nsite=%s\nat=%s\n' "$(uname -n)" "${DIRACSITE:-}" "$(date +%s)" >"$t/$begin"
 wrap "$begin" && insist "$waits" hand_in "$t/$begin.pack" || give_up "the start could not be written down (status $code)"
+[ -z "$term" ] || give_up "it was told to end before it started"
 tell "bridge: running on $(uname -n | tr -cd 'A-Za-z0-9._-')"
 
 finish() { # exit code, step: writes the result unless the job did, and hands in all there is
