@@ -33,7 +33,7 @@ if command -v curl >/dev/null 2>&1; then client=curl
 elif command -v python3 >/dev/null 2>&1; then client=python3
 else echo "bridge: there is neither curl nor python3 on this worker"; exit 3
 fi
-[ "$client" = curl ] || cat >"$t/http.py" <<'PYTHON'
+[ "$client" = curl ] || cat >"$t/bridge-call.py" <<'PYTHON'
 import sys, uuid, urllib.request, urllib.error
 method, url, kind, auth, body, form, answer, limit = sys.argv[1:9]
 request = urllib.request.Request(url, method=method)
@@ -68,7 +68,7 @@ PYTHON
 http() {
   : >"$t/answer"
   if [ "$client" = python3 ]; then
-    code=$(python3 "$t/http.py" "$1" "$2" "$3" "${4:+$t/access}" "$5" '' "$t/answer" "$6" 2>>"$t/noise")
+    code=$(python3 -I "$t/bridge-call.py" "$1" "$2" "$3" "${4:+$t/access}" "$5" '' "$t/answer" "$6" 2>>"$t/noise")
   else
     _method=$1 _url=$2 _kind=$3 _auth=$4 _body=$5 _limit=$6
     set -- -q -sS --globoff --connect-timeout 10 --max-time "$_limit" -X "$_method" -o "$t/answer" -w '%{http_code}'
@@ -88,7 +88,7 @@ http() {
 http_form() {
   : >"$t/answer"
   if [ "$client" = python3 ]; then
-    code=$(python3 "$t/http.py" POST "$1" '' '' "$3" "$2" "$t/answer" 600 2>>"$t/noise")
+    code=$(python3 -I "$t/bridge-call.py" POST "$1" '' '' "$3" "$2" "$t/answer" 600 2>>"$t/noise")
   else
     _url=$1 _fields=$2 _file=$3
     set --

@@ -71,8 +71,19 @@ impl Bed {
 
     /// Does something to the bed: `server-stop KILL`. Gives what it says.
     pub(crate) fn tamper(&self, words: &[&str]) -> String {
+        self.tamper_with(words, &[])
+    }
+
+    /// Does it in another environment.
+    pub(crate) fn tamper_with(&self, words: &[&str], env: &[(&str, &str)]) -> String {
         let mut command = Command::new(script());
-        let out = command.args(words).arg("--dir").arg(self.path()).output().unwrap();
+        let out = command
+            .args(words)
+            .envs(env.iter().copied())
+            .arg("--dir")
+            .arg(self.path())
+            .output()
+            .unwrap();
         assert!(out.status.success(), "{words:?}: {}", text(&out));
         String::from_utf8(out.stdout).unwrap()
     }

@@ -176,3 +176,33 @@ async fn many_jobs_are_polled_with_two_questions() {
         assert_eq!(site.log(job).await, format!("{n}\n").as_bytes());
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_without_curl_does_with_python() {
+    if unwanted() {
+        return;
+    }
+    let bed = Bed::start(&["--no-site"]);
+    let bin = bed.path().join("bin");
+    std::fs::create_dir(&bin).unwrap();
+    for dir in ["/usr/bin", "/bin", "/usr/local/bin"] {
+        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+            let (name, target) = (entry.file_name(), bin.as_std_path().join(entry.file_name()));
+            if name != "curl" && name != "python3" && !target.exists() {
+                std::os::unix::fs::symlink(entry.path(), target).unwrap_or_default();
+            }
+        }
+    }
+    let settings = bed.tamper(&["env"]);
+    let python = settings.lines().find_map(|line| line.strip_prefix("export BED_PYTHON="));
+    std::os::unix::fs::symlink(python.unwrap(), bin.join("python3")).unwrap();
+    bed.tamper_with(&["site-start"], &[("PATH", bin.as_str())]);
+    let site = Site::on(&bed);
+    let mut spec = site.spec("command -v curl && exit 9\necho hello; echo out >out.txt\n");
+    spec.outputs = vec![Pattern("*.txt".into())];
+    let job = site.submit(&spec).await;
+    assert_eq!(site.outcome(&job).await, Outcome::Exited { code: 0 });
+    assert_eq!(site.log(&job).await, b"hello\n");
+    site.backend.collect(&job, &site.work()).await.unwrap();
+    assert_eq!(std::fs::read(site.work().join("out.txt")).unwrap(), b"out\n");
+}
