@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bridge_backend::Backend;
+use bridge_backend::{Backend, Filesystem};
 use camino::{Utf8Path, Utf8PathBuf};
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
@@ -19,7 +19,7 @@ use crate::domain::clock::{Clock, SystemClock};
 use crate::domain::id::{BackendName, JobId, RunnerName};
 use crate::domain::policy;
 use crate::gitlab::{self, Client, ClientOptions, Info, InfoOptions, identity};
-use crate::job::{Containers, Mirrors, RunnerContext, Shell};
+use crate::job::{Containers, Mirrors, OnBackend, RunnerContext, Shell};
 use crate::reconcile::{self, Reconciler, RunnerEntry, Settings, Watcher, World};
 use crate::registry::{Registry, RegistryError};
 use crate::store::{Job, KeyFileError, Keyring, Lock, LockError, OpenError, Store, StoreError};
@@ -240,13 +240,14 @@ fn assemble(
         let failed = |source| StartError::Client { name: runner.name.clone(), source };
         let client = Client::new(client_options(runner)).map_err(failed)?;
         let entry = config.backends.get(&runner.backend);
+        let on_backend = backends.get(&runner.backend).map(on_backend).unwrap_or_default();
         let info = info(entry.map_or("unknown", |entry| entry.kind.as_str()));
         world.runners.insert(
             runner.name.clone(),
             Arc::new(RunnerEntry {
                 client: client.clone(),
                 info: info.clone(),
-                context: context(config, runner, &system_id),
+                context: context(config, runner, &system_id, on_backend),
                 caches: Arc::new(caches(config, runner)?),
                 hostname: hostname(),
                 output_limit: runner.output_limit,
@@ -289,8 +290,21 @@ fn caches(config: &Config, runner: &Runner) -> Result<CacheStore, StartError> {
         .map_err(|source| StartError::Cache { runner: runner.name.clone(), source })
 }
 
-fn context(config: &Config, runner: &Runner, system_id: &str) -> RunnerContext {
+fn on_backend((entry, backend): &(BackendEntry, Arc<dyn Backend>)) -> OnBackend {
+    let capabilities = backend.capabilities();
+    OnBackend {
+        sandbox: match capabilities.filesystem {
+            Filesystem::Shared => false,
+            Filesystem::Sandbox => true,
+        },
+        variables: capabilities.job_variables,
+        job_options: entry.job_options.clone(),
+    }
+}
+
+fn context(config: &Config, runner: &Runner, system_id: &str, backend: OnBackend) -> RunnerContext {
     RunnerContext {
+        backend,
         name: runner.name.0.clone(),
         url: runner.url.clone(),
         short_token: identity::short_token(runner.token.expose()),

@@ -128,6 +128,7 @@ mod tests {
             kind: kind.into(),
             max_queued: None,
             poll_interval: None,
+            job_options: None,
             table: toml::Table::new(),
         }
     }

@@ -102,6 +102,8 @@ pub struct BackendEntry {
     pub max_queued: Option<usize>,
     /// `poll_interval`: the pause between two polls, where the default does not fit the site.
     pub poll_interval: Option<Duration>,
+    /// `job_options`: the options that jobs may choose by variables; all if it is not given.
+    pub job_options: Option<Vec<String>>,
     /// Everything else, for the driver.
     pub table: toml::Table,
 }

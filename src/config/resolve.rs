@@ -203,8 +203,18 @@ impl<'a> Place<'a> {
                     return Err(self.value(&span, "poll_interval", "must be a text as in \"5s\""));
                 }
             };
-            entries
-                .insert(BackendName(name), BackendEntry { kind, max_queued, poll_interval, table });
+            let job_options = match table.remove("job_options") {
+                None => None,
+                Some(value) => match value.try_into::<Vec<String>>() {
+                    Ok(words) => Some(words),
+                    Err(_) => {
+                        let rule = "must be a list of texts as in [\"time\", \"mem\"]";
+                        return Err(self.value(&span, "job_options", rule));
+                    }
+                },
+            };
+            let entry = BackendEntry { kind, max_queued, poll_interval, job_options, table };
+            entries.insert(BackendName(name), entry);
         }
         Ok(entries)
     }

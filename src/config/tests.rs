@@ -155,6 +155,7 @@ FF_TIMESTAMPS = false
 [backends.cluster]
 kind = "slurm"
 max_queued = 200
+job_options = ["time"]
 poll_interval = "5s"
 partition = "ci"
 extra = ["--exclusive"]
@@ -188,6 +189,7 @@ extra = ["--exclusive"]
     assert_eq!(runner.mirrors_keep, Duration::from_secs(10 * 86_400));
     let backend = &config.backends[&BackendName::from("cluster")];
     assert_eq!(backend.max_queued, Some(200));
+    assert_eq!(backend.job_options.as_deref(), Some(["time".to_owned()].as_slice()));
     assert_eq!(backend.poll_interval, Some(Duration::from_secs(5)));
     assert_eq!(backend.table.keys().collect::<Vec<_>>(), ["extra", "partition"]);
 }
@@ -233,6 +235,7 @@ fn a_backend_needs_a_kind_and_sane_common_keys() {
         |lines: &str| Place::new(&format!("{RUNNER}\n[backends.here]\n{lines}")).message();
     insta::assert_snapshot!(backend("partition = \"ci\""), @r#"DIR/config.toml:8: [backends.here] needs a `kind` (a text, as in kind = "slurm")"#);
     insta::assert_snapshot!(backend("kind = \"slurm\"\nmax_queued = 0"), @"DIR/config.toml:8: `max_queued` must be a number above 0");
+    insta::assert_snapshot!(backend("kind = \"slurm\"\njob_options = \"time\""), @r#"DIR/config.toml:8: `job_options` must be a list of texts as in ["time", "mem"]"#);
     insta::assert_snapshot!(backend("kind = \"slurm\"\npoll_interval = 5"), @r#"DIR/config.toml:8: `poll_interval` must be a text as in "5s""#);
 }
 

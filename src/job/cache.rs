@@ -124,6 +124,14 @@ impl Caches {
     }
 }
 
+impl Caches {
+    /// Gives what is kept in any case that can happen: paths, and whether untracked files too.
+    pub(super) fn kept(&self) -> impl Iterator<Item = (&[String], bool)> {
+        let kept = self.wishes.iter().filter(|wish| wish.policy != Policy::Pull);
+        kept.map(|wish| (wish.paths.as_slice(), wish.untracked))
+    }
+}
+
 /// Makes keys.
 struct Names<'a> {
     payload: &'a JobPayload,

@@ -118,6 +118,40 @@ pub(super) async fn remove_within(root: &Utf8Path, name: &str) -> Result<(), Han
     remove(&path).await
 }
 
+/// Removes files and links below a directory, none of them through a link. It blocks.
+pub(super) fn remove_files<'a>(
+    root: &Utf8Path,
+    names: impl Iterator<Item = &'a [u8]>,
+    stop: &AtomicBool,
+) -> io::Result<()> {
+    for name in names {
+        if stop.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let path = root.as_std_path().join(OsStr::from_bytes(name));
+        let removed = match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                let parent = path.parent().unwrap_or(root.as_std_path());
+                let mode = fs::symlink_metadata(parent)?.permissions().mode();
+                fs::set_permissions(parent, fs::Permissions::from_mode(mode | 0o700))?;
+                fs::remove_file(&path)
+            }
+            other => other,
+        };
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Gives a file another name on the same file system.
+pub(super) async fn rename(from: &Utf8Path, to: &Utf8Path) -> Result<(), HandsError> {
+    let to = to.to_owned();
+    blocking("rename", from, move |from| fs::rename(from, to)).await
+}
+
 fn remove_now(path: &Utf8Path) -> io::Result<()> {
     let result = match fs::symlink_metadata(path) {
         Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),

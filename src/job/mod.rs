@@ -34,6 +34,7 @@ mod flags;
 mod hands;
 mod inputs;
 mod moa;
+mod outputs;
 mod paths;
 mod resources;
 mod script;
@@ -134,6 +135,19 @@ pub struct RunnerContext {
     pub containers: Containers,
     /// Feature flags of the configuration; they outrank a job's.
     pub runner_feature_flags: BTreeMap<String, bool>,
+    /// What its backend makes of jobs.
+    pub backend: OnBackend,
+}
+
+/// What a job needs to know of the backend that runs it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OnBackend {
+    /// Jobs run in a copy of their workspace, and only what they ask for comes home.
+    pub sandbox: bool,
+    /// The backend's own names for variables that choose an option, besides `BRIDGE_…`: variable, option.
+    pub variables: &'static [(&'static str, &'static str)],
+    /// The options that jobs may choose; `None` is all.
+    pub job_options: Option<Vec<String>>,
 }
 
 impl fmt::Debug for RunnerContext {
@@ -251,6 +265,17 @@ pub enum Unrunnable {
     ClonePathTooWide {
         /// What the job wants.
         path: String,
+    },
+    /// The job chooses what its operator does not let jobs choose.
+    #[error(
+        "{variable} is not for jobs to choose on this runner, whose operator allows {allowed}; remove \
+         it or choose another runner by its tags"
+    )]
+    OptionForbidden {
+        /// The job's variable.
+        variable: String,
+        /// What jobs may choose.
+        allowed: String,
     },
     /// No shell can read the script.
     #[error("step {step} contains a NUL byte")]
@@ -397,7 +422,7 @@ pub fn plan_at(
         timeout,
         label: label(payload),
         script,
-        options: resources::options(&variables),
+        options: resources::options(&variables, &runner.backend)?,
         env: environment.vars,
         files: environment.files,
         repository,
@@ -430,7 +455,7 @@ impl Plan {
             script: self.script.clone(),
             env,
             workspace: self.project_dir.clone(),
-            outputs: Vec::new(),
+            outputs: self.outputs(),
             limits: Limits { wall_time },
             options: self.options.clone(),
         }

@@ -16,6 +16,7 @@ use std::time::Duration;
 use bridge_backend::result::{CANCELLED_FILE, RESULT_FILE};
 use camino::Utf8Path;
 
+use super::outputs::TRAVELLING_ENV;
 use super::settings::Settings;
 use super::variables::{CARRIER, Variables};
 use super::{RunnerContext, Shell};
@@ -64,6 +65,11 @@ impl Source<'_> {
             .replace("'@PROLOGUE@'", &quoted(&self.prologue()));
         self.main_steps(&mut script);
         self.after_script(&mut script);
+        if self.runner.backend.sandbox {
+            let from = quoted(self.temp_dir.join(ENV_FILE).as_str());
+            let to = quoted(self.project_dir.join(TRAVELLING_ENV).as_str());
+            push(&mut script, format_args!("[ ! -s {from} ] || cp -f {from} {to}"));
+        }
         script.push_str("_b_finish\n");
         script
     }

@@ -32,6 +32,7 @@ pub(super) fn runner() -> RunnerContext {
         debug_trace_disabled: false,
         containers: Containers::Ignore,
         runner_feature_flags: BTreeMap::new(),
+        backend: OnBackend::default(),
     }
 }
 

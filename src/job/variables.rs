@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use bridge_backend::EnvVar;
-use camino::Utf8Path;
+use camino::{Utf8Path, Utf8PathBuf};
 use secrecy::SecretString;
 
 use super::{RunnerContext, Slot, Unrunnable};
@@ -15,6 +15,9 @@ use crate::gitlab::wire::{JobPayload, Secret};
 
 /// The name that leads to the temporary directory, and by it to file variables.
 const TEMP_DIR: &str = "RUNNER_TEMP_PROJECT_DIR";
+
+/// The name that leads to the certificates to trust.
+pub(super) const CA_FILE: &str = "CI_SERVER_TLS_CA_FILE";
 
 /// What a variable's name is preceded by on its way into the job.
 ///
@@ -104,10 +107,16 @@ impl Variables {
         if let Some(image) = payload.image.as_ref().filter(|image| !image.name.is_empty()) {
             list.push(Entry::new("CI_JOB_IMAGE", &image.name));
         }
+        // Of the places that a job knows, only those in and beside its workspace travel with it.
+        let builds_dir = if runner.backend.sandbox {
+            dirs.project.join("..")
+        } else {
+            runner.builds_dir.clone()
+        };
         list.push(Entry::new("CI_RUNNER_SHORT_TOKEN", &runner.short_token));
         list.extend(runner.environment.iter().map(|(key, value)| Entry::new(key, value)));
         list.extend([
-            Entry::raw("CI_BUILDS_DIR", runner.builds_dir.as_str()),
+            Entry::raw("CI_BUILDS_DIR", builds_dir.as_str()),
             Entry::raw("CI_PROJECT_DIR", dirs.project.as_str()),
             Entry::new("CI_CONCURRENT_ID", slot.concurrent.to_string()),
             Entry::new("CI_CONCURRENT_PROJECT_ID", slot.project.to_string()),
@@ -116,16 +125,22 @@ impl Variables {
             Entry::new("CI_JOB_TIMEOUT", payload.timeout_secs().to_string()),
         ]);
         // The official runner copies these files; their paths do the same for a job that runs as the
-        // account that may read them.
-        let tls = [
-            ("CI_SERVER_TLS_CA_FILE", &runner.tls_ca_file),
-            ("CI_SERVER_TLS_CERT_FILE", &runner.tls_cert_file),
-            ("CI_SERVER_TLS_KEY_FILE", &runner.tls_key_file),
-        ];
-        list.extend(
-            tls.into_iter()
-                .filter_map(|(key, path)| path.as_ref().map(|path| Entry::raw(key, path.as_str()))),
-        );
+        // account that may read them. Elsewhere the certificates to trust travel along, and our own key
+        // stays here.
+        if runner.backend.sandbox {
+            let copy = runner.tls_ca_file.as_ref().map(|_| dirs.temp.join(CA_FILE));
+            list.extend(copy.map(|path| Entry::raw(CA_FILE, path.as_str())));
+        } else {
+            let tls = [
+                (CA_FILE, &runner.tls_ca_file),
+                ("CI_SERVER_TLS_CERT_FILE", &runner.tls_cert_file),
+                ("CI_SERVER_TLS_KEY_FILE", &runner.tls_key_file),
+            ];
+            let there = |(key, path): (_, &Option<Utf8PathBuf>)| {
+                path.as_ref().map(|path| Entry::raw(key, path.as_str()))
+            };
+            list.extend(tls.into_iter().filter_map(there));
+        }
         list.extend(payload.variables.iter().filter(|v| !flags.contains_key(v.key.as_str())).map(
             |v| Entry {
                 key: v.key.clone(),
@@ -449,5 +464,33 @@ mod tests {
             command.env(format!("{CARRIER}{}", var.name), var.value.expose_secret());
         }
         assert_eq!(command.status().unwrap().code(), Some(7));
+    }
+
+    #[test]
+    fn where_nothing_is_shared_only_what_travels_is_named() {
+        use super::super::tests::{payload, runner};
+        use super::super::{OnBackend, plan};
+        let mut runner = RunnerContext {
+            tls_ca_file: Some("/etc/ca.pem".into()),
+            tls_key_file: Some("/etc/key.pem".into()),
+            ..runner()
+        };
+        let value = |runner: &RunnerContext, name: &str| {
+            let plan = plan(&payload(&[]), runner, Slot::default()).unwrap();
+            let name = format!("{CARRIER}{name}");
+            let spec = plan.spec(None);
+            let found = spec.env.iter().find(|var| var.name == name);
+            let value = found.map(|var| var.value.expose_secret().to_owned());
+            value.map(|value| value.replace(plan.project_dir.as_str(), "P"))
+        };
+        let of = |runner: &RunnerContext| {
+            ["CI_BUILDS_DIR", CA_FILE, "CI_SERVER_TLS_KEY_FILE"].map(|name| value(runner, name))
+        };
+        let some = |text: &str| Some(text.to_owned());
+        let shared = [some("/builds"), some("/etc/ca.pem"), some("/etc/key.pem")];
+        assert_eq!(of(&runner), shared);
+        runner.backend = OnBackend { sandbox: true, ..OnBackend::default() };
+        let travels = [some("P/.."), some("P.tmp/CI_SERVER_TLS_CA_FILE"), None];
+        assert_eq!(of(&runner), travels);
     }
 }

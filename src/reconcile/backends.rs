@@ -17,6 +17,9 @@ use crate::telemetry::Chain;
 /// The most patience with one call; a backend's own limits are shorter.
 const CALL_LIMIT: Duration = Duration::from_secs(300);
 
+/// The most patience with one that carries files over a network: a stalled one ends by itself, sooner.
+pub(in crate::reconcile) const TRANSFER_LIMIT: Duration = Duration::from_secs(3600);
+
 /// How long after something moved a backend counts as busy.
 const ACTIVE_FOR: Duration = Duration::from_secs(30);
 
@@ -67,13 +70,24 @@ impl Inner {
         verb: &'static str,
         future: impl Future<Output = bridge_backend::Result<T>>,
     ) -> bridge_backend::Result<T> {
+        self.call_for(CALL_LIMIT, backend, verb, future).await
+    }
+
+    /// Calls a backend with this time limit, and counts the call.
+    pub(in crate::reconcile) async fn call_for<T>(
+        &self,
+        limit: Duration,
+        backend: &BackendName,
+        verb: &'static str,
+        future: impl Future<Output = bridge_backend::Result<T>>,
+    ) -> bridge_backend::Result<T> {
         let started = Instant::now();
-        let answer = match tokio::time::timeout(CALL_LIMIT, future).await {
+        let answer = match tokio::time::timeout(limit, future).await {
             Ok(answer) => answer,
             // Dropping the call's future is allowed, and for `submit` equals `Ambiguous`.
             Err(_elapsed) => Err(BackendError::new(
                 ErrorKind::Ambiguous,
-                format!("hear from the backend within {} seconds", CALL_LIMIT.as_secs()),
+                format!("hear from the backend within {} seconds", limit.as_secs()),
             )),
         };
         let took = started.elapsed();

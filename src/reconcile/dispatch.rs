@@ -3,16 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bridge_backend::{ErrorKind, ExternalId, JobSpec, Lookup};
+use bridge_backend::{
+    BackendError, ErrorKind, ExternalId, Filesystem, JobSpec, Lookup, SubmitToken,
+};
 use tokio::sync::{OwnedSemaphorePermit, SemaphorePermit};
 
 use crate::domain::job::Event;
 use crate::domain::policy;
 use crate::domain::verdict::Cause;
 use crate::job::Plan;
+use crate::reconcile::backends::TRANSFER_LIMIT;
 use crate::reconcile::desk::{Desk, Prepared};
 use crate::reconcile::report::Heard;
-use crate::reconcile::stage::{Sink, Stage, Stopped, Until, concluded};
+use crate::reconcile::stage::{Sink, Stage, Stopped, Until, WANTED, concluded};
 use crate::reconcile::{Flow, News, Step, StepError, leftovers};
 use crate::store::CancelBy;
 use crate::telemetry::Chain;
@@ -20,6 +23,9 @@ use crate::trace::{Section, Style};
 
 /// The least time between two looks for a submission whose absence does not count yet.
 pub(in crate::reconcile) const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// How long a daemon that stops waits for the answer to a submission that carries files.
+const LAST_WORD: Duration = Duration::from_secs(10);
 
 impl Step<'_> {
     /// Makes a received job ready and hands it over.
@@ -224,7 +230,7 @@ impl Step<'_> {
                     return self.stopped(stopped).await;
                 }
             };
-            self.call("submit", backend.submit(&token, spec)).await
+            self.hand_over(prepared, &token, spec).await?
         };
         self.r.crash_point("D");
         let error = match answer {
@@ -270,6 +276,48 @@ impl Step<'_> {
             policy::after(now, wait.unwrap_or_else(|| policy::back_off(self.job.failures)));
         self.r.store.note(&self.job, "submission_failed", now, Some(why)).await?;
         self.keep_in_touch().await
+    }
+
+    /// Calls `submit`. What travels with a job can be on its way for long, so meanwhile GitLab is kept
+    /// informed, and nobody waits for it who need not.
+    async fn hand_over(
+        &mut self,
+        prepared: &Prepared,
+        token: &SubmitToken,
+        spec: &JobSpec,
+    ) -> Result<bridge_backend::Result<ExternalId>, StepError> {
+        let (reconciler, backend) = (Arc::clone(self.r), Arc::clone(&self.backend));
+        let name = self.job.backend.clone();
+        let limit = match backend.capabilities().filesystem {
+            Filesystem::Shared => {
+                return Ok(self.call("submit", backend.submit(token, spec)).await);
+            }
+            Filesystem::Sandbox => TRANSFER_LIMIT,
+        };
+        let call = reconciler.call_for(limit, &name, "submit", backend.submit(token, spec));
+        let mut call = std::pin::pin!(call);
+        loop {
+            // `call` is polled again where it stopped; dropping it says `Ambiguous`.
+            tokio::select! {
+                answer = &mut call => return Ok(answer),
+                () = reconciler.shutdown.cancelled() => {
+                    let answer = tokio::time::timeout(LAST_WORD, &mut call).await;
+                    return Ok(answer.unwrap_or_else(|_elapsed| {
+                        Err(BackendError::new(ErrorKind::Ambiguous, "wait for the submission"))
+                    }));
+                }
+                () = tokio::time::sleep(WANTED) => {}
+            }
+            if let Some(stopped) = self.still_wanted(prepared, Until::Cancelled).await? {
+                let why = match stopped {
+                    Stopped::Concluded(_) => "hand the job over: it is no longer wanted",
+                    Stopped::Disowned(_) => "hand the job over: GitLab has forgotten it",
+                    Stopped::Shutdown => "hand the job over: the runner stops",
+                };
+                // Whether it is over there already the next round finds out, and ends it.
+                return Ok(Err(BackendError::new(ErrorKind::Ambiguous, why)));
+            }
+        }
     }
 
     /// Notes that the backend has the job, by the answer to `submit` or by `find`.

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bridge_backend::{ErrorKind, Outcome};
+use bridge_backend::{BackendError, ErrorKind, Fault, Outcome};
 use camino::Utf8PathBuf;
 use tokio::sync::SemaphorePermit;
 
@@ -17,6 +17,7 @@ use crate::domain::policy;
 use crate::domain::verdict::{Cause, Verdict};
 use crate::gitlab::JobAuth;
 use crate::job::{AfterUpload, Ended, PackedArtifact, Plan, Ran, StageError, after_upload};
+use crate::reconcile::backends::TRANSFER_LIMIT;
 use crate::reconcile::desk::{Desk, Prepared};
 use crate::reconcile::stage::{Sink, Stage, Stopped, Until, cause, style_of};
 use crate::reconcile::{Flow, Inner, Step, StepError};
@@ -28,6 +29,9 @@ use crate::trace::{Section, Style};
 ///
 /// The job token dies five minutes after it, and with it every hope.
 const UPLOADS_END: Duration = Duration::from_secs(5 * 60);
+
+/// The longest pause between two attempts to bring home what a job wrote.
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
 impl Inner {
     /// Gives the directory in which a job's packed artifacts wait for GitLab.
@@ -71,6 +75,37 @@ pub(in crate::reconcile) fn leaves_something(plan: &Plan, verdict: &Verdict) -> 
 
 fn ended(verdict: &Verdict) -> Ended {
     if verdict.is_success() { Ended::Succeeded } else { Ended::Failed }
+}
+
+/// Why what a job wrote is not at home.
+#[derive(Debug, thiserror::Error)]
+enum Uncollected {
+    #[error("make room for it")]
+    Here(#[source] StageError),
+    #[error("bring it home")]
+    There(#[source] BackendError),
+}
+
+impl Uncollected {
+    /// Tells whether it will never come.
+    fn is_final(&self) -> bool {
+        match self {
+            Self::Here(_) => false,
+            Self::There(error) => match error.kind() {
+                ErrorKind::Lost | ErrorKind::Rejected(Fault::Job) => true,
+                ErrorKind::Rejected(Fault::Site) | ErrorKind::Transient | ErrorKind::Ambiguous => {
+                    false
+                }
+            },
+        }
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Here(_) => None,
+            Self::There(error) => error.retry_after(),
+        }
+    }
 }
 
 /// Packing and uploading share one section, however many artifacts and attempts there are.
@@ -190,7 +225,9 @@ impl Step<'_> {
         plan: &Plan,
         verdict: &Verdict,
     ) -> Result<Option<Flow>, StepError> {
-        self.collect(plan).await?;
+        if let Some(flow) = self.collect(prepared, plan).await? {
+            return Ok(Some(flow));
+        }
         let ended = if self.went_well() { Ended::Succeeded } else { Ended::Failed };
         if plan.archives_caches(ended) {
             let title = match ended {
@@ -220,21 +257,61 @@ impl Step<'_> {
         Ok(None)
     }
 
-    /// Has a backend without a common file system bring home what the job wrote.
-    async fn collect(&mut self, plan: &Plan) -> Result<(), StepError> {
-        if !self.backend.capabilities().collect {
-            return Ok(());
+    /// Has a backend without a common file system bring home what the job wrote, as far as it was asked.
+    ///
+    /// Gives the flow if that is to be tried again.
+    async fn collect(
+        &mut self,
+        prepared: &Arc<Prepared>,
+        plan: &Plan,
+    ) -> Result<Option<Flow>, StepError> {
+        if !self.backend.capabilities().collect || plan.outputs().is_empty() {
+            return Ok(None);
         }
-        let Some(job_ref) = self.job.job_ref() else { return Ok(()) };
-        let backend = Arc::clone(&self.backend);
-        match self.call("collect", backend.collect(&job_ref, &plan.project_dir)).await {
-            Ok(()) => Ok(()),
-            Err(error) if error.kind() == ErrorKind::Lost => {
-                let text = format!("What the job wrote is lost: {}", Chain(&error));
-                self.remark(Style::Warning, &text).await
+        let Some(job_ref) = self.job.job_ref() else { return Ok(None) };
+        let (backend, name) = (Arc::clone(&self.backend), self.job.backend.clone());
+        let reconciler = Arc::clone(self.r);
+        let mut desk = self.take_desk(prepared)?;
+        if self.job.failures == 0 {
+            let text = "Bringing home what the job wrote...";
+            desk.composer.remark(self.line_time(), Style::Plain, text, &mut desk.out);
+        }
+        let work = Box::pin(async move {
+            plan.clear_outputs().await.map_err(Uncollected::Here)?;
+            let call = backend.collect(&job_ref, &plan.project_dir);
+            let call = reconciler.call_for(TRANSFER_LIMIT, &name, "collect", call);
+            call.await.map_err(Uncollected::There)?;
+            plan.take_in_outputs().await.map_err(Uncollected::Here)
+        });
+        let stage = Stage { section: None, until: Until::Done };
+        let (desk, done) = self.stage(prepared, desk, stage, &Sink::default(), work).await?;
+        let error = match self.after_stage(desk, done).await? {
+            Ok(Ok(())) => {
+                self.job.failures = 0;
+                return Ok(None);
             }
-            Err(source) => Err(StepError::Backend { verb: "collect the outputs", source }),
+            Ok(Err(error)) => error,
+            Err(flow) => return Ok(Some(flow)),
+        };
+        let now = self.now();
+        let why = Chain(&error).to_string();
+        let over = now >= policy::after(self.job.deadline_at, UPLOADS_END);
+        if error.is_final() || over {
+            self.job.failures = 0;
+            let text = format!("What the job wrote is lost: {why}");
+            self.remark(Style::Warning, &text).await?;
+            return Ok(None);
         }
+        tracing::warn!(job = %self.job.id, error = %why, "what the job wrote is not at home yet");
+        if self.job.failures == 0 {
+            let text = format!("What the job wrote is not at home yet, and is tried again: {why}");
+            self.remark(Style::Warning, &text).await?;
+        }
+        self.job.failures = self.job.failures.saturating_add(1);
+        let wait = error.retry_after().unwrap_or_else(|| policy::back_off(self.job.failures));
+        self.job.due_at = policy::after(now, wait.min(LONGEST_PAUSE));
+        self.r.store.save(&self.job).await?;
+        Ok(Some(Flow::Rest))
     }
 
     /// Makes durable what a stage said; gives the flow if the job does not go on.

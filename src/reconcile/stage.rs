@@ -83,7 +83,7 @@ impl Sink {
 }
 
 /// How often a stage looks whether it is still wanted. Few stages run at a time, and a person waits.
-const WANTED: Duration = Duration::from_secs(1);
+pub(in crate::reconcile) const WANTED: Duration = Duration::from_secs(1);
 
 /// The least time between two attempts to tell a GitLab that does not answer.
 const TOUCH_AGAIN: Duration = Duration::from_secs(15);

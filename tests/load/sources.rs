@@ -141,6 +141,7 @@ fn context(root: &Utf8PathBuf, url: &str) -> RunnerContext {
         get_sources_timeout: None,
         debug_trace_disabled: false,
         runner_feature_flags: std::collections::BTreeMap::new(),
+        backend: bridge::job::OnBackend::default(),
     }
 }
 

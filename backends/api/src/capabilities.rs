@@ -18,6 +18,9 @@ pub struct Capabilities {
     pub poll_batch: NonZeroUsize,
     /// The most calls the other side should see at once from us.
     pub max_concurrency: NonZeroUsize,
+    /// Variables by which jobs choose an option, under names that this system's users know already:
+    /// variable and option.
+    pub job_variables: &'static [(&'static str, &'static str)],
 }
 
 /// How a lost answer to `submit` is resolved.

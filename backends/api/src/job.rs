@@ -100,7 +100,8 @@ pub struct EnvVar {
     pub value: SecretString,
 }
 
-/// A glob relative to the workspace, `/`-separated, `**` for any depth.
+/// A glob relative to the workspace, `/`-separated, `**` for any depth; a directory that it names comes
+/// with all it holds. The workspace's `.git` comes only if the pattern begins with that name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pattern(pub String);
 
@@ -123,7 +124,9 @@ pub struct JobSpec {
     pub script: String,
     /// The environment the script starts with, in order; later ones win. Never on a command line.
     pub env: Vec<EnvVar>,
-    /// The script's working directory, prepared on the submit node.
+    /// The script's working directory, prepared on the submit node. Its sibling of the same name with
+    /// `.tmp` belongs to it, and travels where it travels; wherever one of the two paths stands in script
+    /// or environment, the copy is meant.
     pub workspace: Utf8PathBuf,
     /// What a backend with [`crate::Filesystem::Sandbox`] must bring home.
     pub outputs: Vec<Pattern>,

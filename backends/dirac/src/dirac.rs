@@ -24,6 +24,20 @@ use crate::token::Tokens;
 /// Jobs in one search; the server gives 10000 rows at once.
 const POLL_BATCH: usize = 2_000;
 
+/// Named like the JDL's attributes, which DIRAC's users know.
+const JOB_VARIABLES: &[(&str, &str)] = &[
+    ("DIRAC_BANNEDSITES", "banned_sites"),
+    ("DIRAC_BANNED_SITES", "banned_sites"),
+    ("DIRAC_CPUTIME", "cpu_time"),
+    ("DIRAC_CPU_TIME", "cpu_time"),
+    ("DIRAC_NUMBEROFPROCESSORS", "processors"),
+    ("DIRAC_PLATFORM", "platform"),
+    ("DIRAC_PRIORITY", "priority"),
+    ("DIRAC_PROCESSORS", "processors"),
+    ("DIRAC_SITE", "site"),
+    ("DIRAC_TAGS", "tags"),
+];
+
 /// Names in one search.
 const FIND_AT_ONCE: usize = 500;
 
@@ -69,6 +83,7 @@ impl Dirac {
             collect: true,
             poll_batch: NonZeroUsize::new(POLL_BATCH).unwrap_or(NonZeroUsize::MIN),
             max_concurrency: config.max_concurrency,
+            job_variables: JOB_VARIABLES,
         };
         let tokens = Tokens::new(&config, Arc::clone(&client));
         Ok(Self { config, client, tokens, shelf: Shelf::default(), capabilities })

@@ -91,6 +91,7 @@ impl LocalBackend {
             collect: false,
             poll_batch: POLL_BATCH,
             max_concurrency: MAX_CONCURRENCY,
+            job_variables: &[],
         };
         let cgroup = match config.cgroup {
             CgroupUse::Auto => cgroup::parent(),

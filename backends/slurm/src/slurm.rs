@@ -64,6 +64,7 @@ impl Slurm {
             collect: false,
             poll_batch: NonZeroUsize::new(POLL_BATCH).unwrap_or(NonZeroUsize::MIN),
             max_concurrency: config.max_concurrency,
+            job_variables: &[],
         };
         Ok(Self { client: Client::new(&config), config, capabilities })
     }

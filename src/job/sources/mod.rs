@@ -28,7 +28,7 @@ use secrecy::ExposeSecret as _;
 
 use super::hands::{self, Call, HandsError};
 use super::settings::GitStrategy;
-use super::variables::CARRIER;
+use super::variables::{CA_FILE, CARRIER};
 use super::{Plan, RunnerContext, Shell, script};
 use crate::gitlab::wire::{JobPayload, Secret};
 
@@ -128,6 +128,9 @@ impl Hooks {
     }
 }
 
+/// The most that is read of a file with certificates; all there are take some hundred kilobytes.
+const LARGEST_CA_FILE: u64 = 16 << 20;
+
 type Out<'a> = &'a mut (dyn Output + Send);
 type Stage = Result<(), StageError>;
 
@@ -188,6 +191,12 @@ impl Plan {
         hands::make_dir(&self.temp_dir).await?;
         for (name, content) in &self.files {
             hands::write_private(&self.temp_dir.join(name), content.clone()).await?;
+        }
+        if let Some(from) = &self.runner.tls_ca_file
+            && self.runner.backend.sandbox
+        {
+            let certificates = hands::read(from, LARGEST_CA_FILE).await?.unwrap_or_default();
+            hands::write_shared(&self.temp_dir.join(CA_FILE), certificates).await?;
         }
         Ok(())
     }

@@ -24,7 +24,7 @@ use crate::domain::clock::ManualClock;
 use crate::domain::id::CiJobId;
 use crate::gitlab::wire::Secret;
 use crate::gitlab::{Client, ClientOptions, Info, InfoOptions, RequestReply};
-use crate::job::{Containers, RunnerContext, Shell};
+use crate::job::{Containers, OnBackend, RunnerContext, Shell};
 use crate::store::{EventRow, Keyring};
 use crate::trace::strip_headers;
 
@@ -174,6 +174,7 @@ impl Scene {
             debug_trace_disabled: false,
             containers: Containers::Ignore,
             runner_feature_flags: BTreeMap::new(),
+            backend: OnBackend::default(),
         }
     }
 

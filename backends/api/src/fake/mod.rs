@@ -50,6 +50,7 @@ impl Default for FakeOptions {
                 collect: false,
                 poll_batch: ten.saturating_mul(ten).saturating_mul(ten),
                 max_concurrency: ten,
+                job_variables: &[],
             },
             known_options: Vec::new(),
             plan: None,
