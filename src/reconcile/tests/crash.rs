@@ -1,6 +1,8 @@
 //! The crash sweep, which this project lives by: the process ends before and after every single thing
 //! that is durable or seen from outside, another one is started, and nobody can tell from the result.
 
+use std::io::Read as _;
+
 use bridge_backend::fake::{Trouble, Verb};
 use bridge_backend::{Lookup, Outcome};
 use serde_json::json;
@@ -36,6 +38,8 @@ struct Story {
     submissions: std::ops::RangeInclusive<usize>,
     /// What it wants kept: an archive and a cache.
     keeps: bool,
+    /// Whether the job ran on another machine, from which that is brought home.
+    away: bool,
 }
 
 impl Story {
@@ -54,6 +58,7 @@ impl Story {
             reason: None,
             submissions: 1..=1,
             keeps: false,
+            away: false,
         }
     }
 
@@ -111,7 +116,10 @@ impl Played {
             Act::Start => scene.world.start_on(&token, "node"),
             Act::Write(piece) => {
                 scene.world.append_log(&token, piece);
-                if story.keeps {
+                if story.keeps && story.away {
+                    scene.world.leave(&token, "out/piece", piece);
+                    scene.world.leave(&token, "other", "nobody asked for it");
+                } else if story.keeps {
                     let out = there.spec.workspace.join("out");
                     std::fs::create_dir_all(&out).unwrap();
                     std::fs::write(out.join("piece"), piece).unwrap();
@@ -139,6 +147,10 @@ fn run(story: &Story, at: Option<(usize, Side)>) -> Run {
     let cut = Cut::default();
     let mut options = FakeOptions::default();
     options.capabilities.lookup = story.lookup;
+    if story.away {
+        options.capabilities.filesystem = Filesystem::Sandbox;
+        options.capabilities.collect = true;
+    }
     let (mut scene, door) = outside.block_on(async {
         let scene = Scene::new(options, Options::default(), Tuning::default()).await;
         let door = Door::open(&scene.url, cut.clone()).await;
@@ -269,6 +281,13 @@ fn check(scene: &Scene, story: &Story, ci_job: i64, id: JobId) {
     assert!(!Utf8PathBuf::from(format!("{workspace}.tmp")).exists(), "file variables are gone");
     let artifacts = scene.gitlab.artifacts(ci_job);
     assert_eq!(artifacts.len(), usize::from(story.keeps), "{artifacts:?}");
+    if let Some(kept) = artifacts.first() {
+        let mut zip = zip::ZipArchive::new(std::fs::File::open(kept.file()).unwrap()).unwrap();
+        let mut piece = String::new();
+        zip.by_name("out/piece").unwrap().read_to_string(&mut piece).unwrap();
+        assert_eq!(piece, story.log());
+    }
+    assert!(!workspace.join("other").exists(), "what nobody asked for stays where it is");
     assert!(!scene.path("artifacts").join(id.to_string()).exists(), "packed files are gone");
     let text = scene.text(ci_job);
     let log = story.log();
@@ -325,6 +344,14 @@ fn a_job_that_fails_survives_an_end_anywhere() {
 fn artifacts_and_caches_survive_an_end_anywhere() {
     let mut story = Story::new("kept");
     story.keeps = true;
+    sweep(&story);
+}
+
+#[test]
+fn outputs_that_are_brought_home_survive_an_end_anywhere() {
+    let mut story = Story::new("away");
+    story.keeps = true;
+    story.away = true;
     sweep(&story);
 }
 

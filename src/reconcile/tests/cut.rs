@@ -187,8 +187,10 @@ impl Backend for Counted {
     }
 
     async fn collect(&self, job: &JobRef, into: &Utf8Path) -> Result<()> {
-        self.cut.look().await;
-        self.inner.collect(job, into).await
+        let number = self.cut.before("collect").await;
+        let answer = self.inner.collect(job, into).await;
+        self.cut.after(number).await;
+        answer
     }
 
     async fn cancel(&self, jobs: &[JobRef]) -> Result<()> {

@@ -2,7 +2,8 @@
 
 use std::io::Read as _;
 
-use bridge_backend::Outcome;
+use bridge_backend::fake::{Trouble, Verb};
+use bridge_backend::{ErrorKind, Outcome};
 use serde_json::json;
 
 use super::bed::{Bed, Case};
@@ -237,5 +238,61 @@ async fn a_packed_file_that_somebody_took_away_is_packed_again() {
     assert_eq!(bed.gitlab.faults_left(), 0);
     assert_eq!(bed.view(case.ci_job).status, Status::Success);
     assert_eq!(bed.gitlab.artifacts(case.ci_job).len(), 1);
+    bed.assert_well();
+}
+
+/// A process whose jobs run on another machine.
+async fn away() -> Bed {
+    let mut world = FakeOptions::default();
+    world.capabilities.filesystem = Filesystem::Sandbox;
+    world.capabilities.collect = true;
+    Bed::with(world, Tuning::default()).await
+}
+
+#[tokio::test]
+async fn what_a_job_wrote_elsewhere_is_brought_home_in_the_end() {
+    for trouble in [Trouble::LostAnswer, Trouble::LostQuestion, Trouble::Fail(ErrorKind::Transient)]
+    {
+        let bed = away().await;
+        let cached = json!({ "key": "deps", "paths": ["deps/"], "policy": "push" });
+        let case = bed.running(keeping("elsewhere").cache(cached)).await;
+        for name in ["out/a.txt", "deps/lib.txt", "src/other.txt"] {
+            bed.world.leave(&case.token, name, name);
+        }
+        // What was here before is not what the job left.
+        write(&bed, &case, "out/old.txt", "before");
+        for _ in 0..3 {
+            bed.world.trouble(Verb::Collect, trouble);
+        }
+        let view = ended(&bed, &case, 0).await;
+        assert_eq!(view.status, Status::Success);
+        assert!(bed.world.count(Verb::Collect) > 3);
+        let kept = bed.gitlab.artifacts(case.ci_job);
+        assert_eq!(unzipped(&kept[0], "out/a.txt"), "out/a.txt");
+        let zip = std::fs::File::open(kept[0].file()).unwrap();
+        let zip = zip::ZipArchive::new(zip).unwrap();
+        assert!(
+            zip.file_names().all(|name| !name.unwrap().contains("old")),
+            "it was not there any more"
+        );
+        let text = bed.text(case.ci_job);
+        assert_eq!(text.matches("is not at home yet").count(), 1, "{text}");
+        let workspace = bed.world.job(&case.token).unwrap().spec.workspace;
+        assert!(!workspace.join("src/other.txt").exists(), "nobody asked for it");
+        bed.assert_well();
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_brought_home_is_said_and_is_no_hang() {
+    let bed = away().await;
+    let case = bed.running(keeping("lost")).await;
+    bed.world.leave(&case.token, "out/a.txt", "alpha");
+    bed.world.trouble(Verb::Collect, Trouble::Fail(ErrorKind::Lost));
+    let view = ended(&bed, &case, 0).await;
+    assert!(bed.gitlab.artifacts(case.ci_job).is_empty());
+    let text = bed.text(case.ci_job);
+    assert!(text.contains("What the job wrote is lost: "), "{view:?} {text}");
+    assert!(text.contains("ERROR: No files to upload"), "{text}");
     bed.assert_well();
 }

@@ -13,8 +13,8 @@ mod submitting;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use bridge_backend::SubmitToken;
 use bridge_backend::fake::{FakeOptions, FakeWorld};
+use bridge_backend::{Filesystem, SubmitToken};
 use camino::Utf8Path;
 
 use super::*;
@@ -174,7 +174,10 @@ impl Scene {
             debug_trace_disabled: false,
             containers: Containers::Ignore,
             runner_feature_flags: BTreeMap::new(),
-            backend: OnBackend::default(),
+            backend: OnBackend {
+                sandbox: self.world.open().capabilities().filesystem == Filesystem::Sandbox,
+                ..OnBackend::default()
+            },
         }
     }
 

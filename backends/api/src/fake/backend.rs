@@ -160,6 +160,7 @@ impl State {
             status: Observation::Pending { reason: None, starts_at: None },
             log: Vec::new(),
             log_open: false,
+            files: BTreeMap::new(),
             visible_at: self.now.saturating_add(self.hide_new),
             silent: false,
             ignores_cancel: false,
@@ -255,6 +256,40 @@ impl State {
         Ok(LogChunk { bytes: Bytes::copy_from_slice(bytes), end })
     }
 
+    /// Writes what the job left and was asked for into a directory; what is there already is replaced.
+    fn collect(&mut self, asked: &JobRef, into: &Utf8Path) -> Result<()> {
+        if self.jobs.get(&asked.token).is_some_and(|job| job.released) {
+            return self.violation(format!("{} was brought home after its release", asked.token));
+        }
+        let Some(job) = self.known(asked) else {
+            let what = format!("bring home the outputs of {}, which is gone", asked.token);
+            return Err(BackendError::new(ErrorKind::Lost, what));
+        };
+        if job.outcome().is_none() {
+            return self.violation(format!("{} was brought home before its end", asked.token));
+        }
+        let wanted = |path: &Utf8Path| {
+            job.spec
+                .outputs
+                .iter()
+                .any(|pattern| fits(pattern.0.as_bytes(), path.as_str().as_bytes()))
+        };
+        for (path, bytes) in job.files.iter().filter(|(path, _)| wanted(path)) {
+            let path = into.join(path);
+            let write = || -> std::io::Result<()> {
+                if let Some(above) = path.parent() {
+                    std::fs::create_dir_all(above)?;
+                }
+                std::fs::write(&path, bytes)
+            };
+            write().map_err(|error| {
+                let what = format!("write {path}");
+                BackendError::new(ErrorKind::Transient, what).with_source(error)
+            })?;
+        }
+        Ok(())
+    }
+
     fn cancel(&mut self, jobs: &[JobRef]) {
         for asked in jobs {
             let Some(job) = self.known(asked) else { continue };
@@ -301,6 +336,25 @@ impl Job {
     }
 }
 
+/// Says whether a path, or a directory above it, is what a glob of `*`, `**` and plain text means.
+fn fits(glob: &[u8], path: &[u8]) -> bool {
+    match (glob, path) {
+        ([] | [b'/'], rest) => rest.is_empty() || rest.starts_with(b"/"),
+        ([b'*', b'*', b'/', rest @ ..], _) if fits(rest, path) => true,
+        ([b'*', b'*', rest @ ..], _) => {
+            fits(rest, path) || path.split_first().is_some_and(|(_, path)| fits(glob, path))
+        }
+        ([b'*', rest @ ..], _) => {
+            fits(rest, path)
+                || path
+                    .split_first()
+                    .is_some_and(|(first, path)| *first != b'/' && fits(glob, path))
+        }
+        ([a, glob @ ..], [b, path @ ..]) => a == b && fits(glob, path),
+        (_, []) => false,
+    }
+}
+
 #[async_trait]
 impl Backend for FakeBackend {
     fn capabilities(&self) -> &Capabilities {
@@ -332,15 +386,9 @@ impl Backend for FakeBackend {
         self.call(call, |state| state.read_log(job, from, limit)).await
     }
 
-    async fn collect(&self, job: &JobRef, _into: &Utf8Path) -> Result<()> {
+    async fn collect(&self, job: &JobRef, into: &Utf8Path) -> Result<()> {
         let call = about(Verb::Collect, std::slice::from_ref(job));
-        self.call(call, |state| {
-            state.known(job).map(drop).ok_or_else(|| {
-                let what = format!("bring home the outputs of {}, which is gone", job.token);
-                BackendError::new(ErrorKind::Lost, what)
-            })
-        })
-        .await
+        self.call(call, |state| state.collect(job, into)).await
     }
 
     async fn cancel(&self, jobs: &[JobRef]) -> Result<()> {

@@ -10,7 +10,7 @@ use camino::Utf8PathBuf;
 use super::{FakeBackend, FakeOptions, FakeWorld, Plan, Trouble, Verb};
 use crate::{
     Backend, ErrorKind, ExternalId, Fault, JobRef, JobSpec, Limits, Lookup, Observation, Outcome,
-    SubmitToken,
+    Pattern, SubmitToken,
 };
 
 fn token(text: &str) -> SubmitToken {
@@ -303,4 +303,41 @@ async fn a_cancelled_job_ends_unless_it_is_deaf() {
     assert_eq!(world.job(&deaf.token).unwrap().outcome, None);
     assert_eq!(world.job(&deaf.token).unwrap().cancels, 1);
     world.assert_no_violations();
+}
+
+#[tokio::test]
+async fn what_a_job_left_and_was_asked_for_comes_home() {
+    let dir = tempfile::tempdir().unwrap();
+    let into = camino::Utf8Path::from_path(dir.path()).unwrap();
+    let world = FakeWorld::new(FakeOptions::default());
+    let backend = world.open();
+    let mut spec = spec();
+    spec.outputs = ["out/", "**/*.xml", "a*c"].map(|glob| Pattern(glob.into())).into();
+    let id = backend.submit(&token("t-1"), &spec).await.unwrap();
+    let job = JobRef { token: token("t-1"), id };
+    let left = [
+        "out/x/y",
+        "outer",
+        "r.xml",
+        "d/e/r.xml",
+        "d/r.xmls",
+        "abc",
+        "a/c",
+        "axc/deep",
+        "abd/deep",
+    ];
+    for path in left {
+        world.leave(&job.token, path, path);
+    }
+    // Not while it runs: what is there then may still change.
+    backend.collect(&job, into).await.unwrap_err();
+    assert_eq!(world.violations().len(), 1);
+    world.finish(&job.token, Outcome::Exited { code: 0 });
+    backend.collect(&job, into).await.unwrap();
+    backend.collect(&job, into).await.unwrap();
+    let home: Vec<&str> = left.into_iter().filter(|path| into.join(path).is_file()).collect();
+    assert_eq!(home, ["out/x/y", "r.xml", "d/e/r.xml", "abc", "axc/deep"]);
+    backend.release(&job).await.unwrap();
+    backend.collect(&job, into).await.unwrap_err();
+    assert_eq!(world.violations().len(), 2);
 }

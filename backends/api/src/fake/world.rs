@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use camino::Utf8PathBuf;
 use jiff::Timestamp;
 
 use super::{Call, FakeBackend, FakeJob, FakeOptions, Trouble, Verb};
@@ -48,6 +49,8 @@ pub(super) struct Job {
     pub(super) log: Vec<u8>,
     /// Bytes may follow although it ended.
     pub(super) log_open: bool,
+    /// What it left in its working directory, by the path in there.
+    pub(super) files: BTreeMap<Utf8PathBuf, Bytes>,
     /// `find` knows it from here on.
     pub(super) visible_at: Duration,
     /// `poll` says nothing of it.
@@ -162,6 +165,12 @@ impl FakeWorld {
     /// Has a job write.
     pub fn append_log(&self, token: &SubmitToken, bytes: impl AsRef<[u8]>) {
         self.with_job(token, |job| job.log.extend_from_slice(bytes.as_ref()));
+    }
+
+    /// Has a job leave a file in its working directory, from where [`Backend::collect`] brings it home.
+    pub fn leave(&self, token: &SubmitToken, path: &str, bytes: impl AsRef<[u8]>) {
+        let bytes = Bytes::copy_from_slice(bytes.as_ref());
+        self.with_job(token, |job| job.files.insert(path.into(), bytes));
     }
 
     /// Keeps the end of a job's log open although the job ended, or closes it.
