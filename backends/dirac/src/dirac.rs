@@ -1,9 +1,9 @@
 //! The backend itself: which questions are asked, and what their answers mean.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io::{self, Read as _, Seek as _};
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use bridge_backend::{
@@ -51,6 +51,8 @@ pub struct Dirac {
     pub(crate) client: Arc<Client>,
     pub(crate) tokens: Tokens,
     pub(crate) shelf: Shelf,
+    /// Names that were looked for in vain. Whoever submits one of them may be the second to do so.
+    missed: Mutex<HashSet<SubmitToken>>,
     capabilities: Capabilities,
 }
 
@@ -86,7 +88,8 @@ impl Dirac {
             job_variables: JOB_VARIABLES,
         };
         let tokens = Tokens::new(&config, Arc::clone(&client));
-        Ok(Self { config, client, tokens, shelf: Shelf::default(), capabilities })
+        let (shelf, missed) = (Shelf::default(), Mutex::default());
+        Ok(Self { config, client, tokens, shelf, missed, capabilities })
     }
 
     /// Asks DiracX; a token that is not taken is renewed, and the question asked once more.
@@ -102,6 +105,10 @@ impl Dirac {
         }
         let token = self.tokens.other_than(&token).await?;
         Ok(self.client.send_as(what, make(), &token.access).await?)
+    }
+
+    fn missed(&self) -> MutexGuard<'_, HashSet<SubmitToken>> {
+        self.missed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn check_server(&self) -> Result<Itself> {
@@ -287,7 +294,17 @@ impl Backend for Dirac {
 
     async fn submit(&self, token: &SubmitToken, spec: &JobSpec) -> Result<ExternalId> {
         // Boxed: a submission's state is large, and few run at a time.
-        Box::pin(self.submit_one(token, spec)).await
+        let id = Box::pin(self.submit_one(token, spec)).await?;
+        if !self.missed().remove(token) {
+            return Ok(id);
+        }
+        // A server that was frozen may have taken up the first question after all, and only then. From
+        // here on no older job can appear, and the older one runs: it is the one to follow.
+        let found = self.find(std::slice::from_ref(token)).await.map_err(|error| {
+            let context = "make sure that the job was submitted only once";
+            BackendError::new(ErrorKind::Ambiguous, context).with_source(error)
+        })?;
+        Ok(found.into_values().next().unwrap_or(id))
     }
 
     async fn find(&self, tokens: &[SubmitToken]) -> Result<BTreeMap<SubmitToken, ExternalId>> {
@@ -309,6 +326,8 @@ impl Backend for Dirac {
                 }
             }
         }
+        let missed = tokens.iter().filter(|token| !found.contains_key(token)).cloned();
+        self.missed().extend(missed);
         Ok(found)
     }
 

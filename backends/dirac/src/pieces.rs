@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bridge_backend::{JobRef, LogChunk, Result};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::sync::Mutex as AsyncMutex;
 
 use crate::dirac::{Dirac, lost};
@@ -130,6 +130,13 @@ impl Known {
         self.take_over(list);
     }
 
+    /// Makes an answer of bytes that were read.
+    fn chunk(&self, from: u64, bytes: Bytes) -> LogChunk {
+        let last = from + u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        let end = self.complete && (bytes.is_empty() || last >= self.length());
+        LogChunk { bytes, end }
+    }
+
     /// Gives the first byte from which nothing is known any more, if the end is known.
     fn length(&self) -> u64 {
         let ends = self.slots.iter().filter_map(|slot| match &slot.kind {
@@ -180,12 +187,9 @@ impl Dirac {
     ) -> Result<LogChunk> {
         let known = self.shelf.of(id);
         let mut known = known.lock().await;
-        if let Some(chunk) = self.serve(id, &mut known, from, limit).await? {
-            return Ok(chunk);
-        }
-        let nothing = |end| Ok(LogChunk { bytes: Bytes::new(), end });
-        if known.complete {
-            return nothing(true);
+        let bytes = self.serve(id, &mut known, from, limit).await?;
+        if bytes.len() >= limit || known.complete {
+            return Ok(known.chunk(from, bytes));
         }
         // The state is asked first: what an ended job has not handed in by then it never will.
         let over = match self.shelf.over(id) {
@@ -193,7 +197,7 @@ impl Dirac {
             None => self.is_over(job).await?,
         };
         if !over && !self.due(&known) {
-            return nothing(false);
+            return Ok(known.chunk(from, bytes));
         }
         let Some(list) = self.handed_in(id).await? else { return Err(lost("read the log")) };
         let grown = known.take_over(list);
@@ -205,46 +209,46 @@ impl Dirac {
             (known.pause * 2)
                 .clamp(FIRST_LOOK.min(self.config.log_interval), self.config.log_interval * 3)
         };
-        if let Some(chunk) = self.serve(id, &mut known, from, limit).await? {
-            return Ok(chunk);
-        }
-        if over {
-            known.complete = true;
-        }
-        nothing(known.complete)
+        let bytes = self.serve(id, &mut known, from, limit).await?;
+        known.complete |= over;
+        Ok(known.chunk(from, bytes))
     }
 
     fn due(&self, known: &Known) -> bool {
         known.looked.is_none_or(|looked| looked.elapsed() >= known.pause)
     }
 
-    /// Gives bytes from what is listed; `None` when there are none from this byte on.
-    async fn serve(
-        &self,
-        id: u64,
-        known: &mut Known,
-        from: u64,
-        limit: usize,
-    ) -> Result<Option<LogChunk>> {
-        let Some(at) = self.place(id, known, from).await? else { return Ok(None) };
-        // A piece whose bytes were forgotten is fetched again.
-        if let Some(Slot { kind: Some(Kind::Log { bytes: None, .. }), pfn }) = known.slots.get(at) {
-            let pfn = pfn.clone();
-            let kind = self.look_into(id, &pfn).await?;
-            if let Some(slot) = known.slots.get_mut(at) {
-                slot.kind = Some(kind);
+    /// Gives bytes from what is listed, across pieces: who reads may have no use for the last bytes of one
+    /// without the first ones of the next.
+    async fn serve(&self, id: u64, known: &mut Known, from: u64, limit: usize) -> Result<Bytes> {
+        let mut all = BytesMut::new();
+        while all.len() < limit {
+            let from = from + u64::try_from(all.len()).unwrap_or(u64::MAX);
+            let Some(at) = self.place(id, known, from).await? else { break };
+            // A piece whose bytes were forgotten is fetched again.
+            if let Some(Slot { kind: Some(Kind::Log { bytes: None, .. }), pfn }) =
+                known.slots.get(at)
+            {
+                let pfn = pfn.clone();
+                let kind = self.look_into(id, &pfn).await?;
+                if let Some(slot) = known.slots.get_mut(at) {
+                    slot.kind = Some(kind);
+                }
             }
+            let Some(Slot { kind: Some(Kind::Log { offset, bytes: Some(bytes), .. }), .. }) =
+                known.slots.get(at)
+            else {
+                break;
+            };
+            let skip = usize::try_from(from - offset).unwrap_or(usize::MAX).min(bytes.len());
+            let room = limit - all.len();
+            let rest = bytes.slice(skip..bytes.len().min(skip.saturating_add(room)));
+            if rest.len() == limit {
+                return Ok(rest);
+            }
+            all.extend_from_slice(&rest);
         }
-        let Some(Slot { kind: Some(Kind::Log { offset, bytes: Some(bytes), .. }), .. }) =
-            known.slots.get(at)
-        else {
-            return Ok(None);
-        };
-        let skip = usize::try_from(from - offset).unwrap_or(usize::MAX).min(bytes.len());
-        let bytes = bytes.slice(skip..bytes.len().min(skip.saturating_add(limit)));
-        let last = from + u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-        let end = known.complete && last >= known.length();
-        Ok(Some(LogChunk { bytes, end }))
+        Ok(all.freeze())
     }
 
     /// Finds the piece that holds a byte, looking into as few as possible.

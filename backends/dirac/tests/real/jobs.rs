@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use bridge_backend::{Observation, Outcome, Pattern};
+use bridge_backend::{JobRef, Observation, Outcome, Pattern};
 
 use crate::bed::{Bed, QUICK, Site, open, unwanted, wait_for};
 
@@ -47,6 +47,9 @@ async fn a_log_of_20_mb_arrives_in_order_each_byte_once() {
     let again = Site::of(&site.bed, open(&site.bed.url, &site.bed.token_file(), QUICK));
     let chunk = again.backend.read_log(&job, 12_345_678, 100).await.unwrap();
     assert_eq!(chunk.bytes, &log.as_bytes()[12_345_678..12_345_778]);
+    // Pieces are smaller than this, and no border shows.
+    let chunk = again.backend.read_log(&job, 7, 5 << 20).await.unwrap();
+    assert!(chunk.bytes == log.as_bytes()[7..7 + (5 << 20)]);
     let tail = u64::try_from(log.len()).unwrap();
     let chunk = again.backend.read_log(&job, tail, 100).await.unwrap();
     assert!(chunk.bytes.is_empty() && chunk.end);
@@ -205,4 +208,23 @@ async fn a_worker_without_curl_does_with_python() {
     assert_eq!(site.log(&job).await, b"hello\n");
     site.backend.collect(&job, &site.work()).await.unwrap();
     assert_eq!(std::fs::read(site.work().join("out.txt")).unwrap(), b"out\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_first_submission_that_comes_late_is_the_one_to_follow() {
+    if unwanted() {
+        return;
+    }
+    let site = Site::on(&Bed::shared());
+    let spec = site.spec("echo ran >>@/runs\n");
+    let token = crate::bed::token();
+    let found = site.backend.find(std::slice::from_ref(&token)).await.unwrap();
+    assert!(found.is_empty(), "the server has not taken it up yet");
+    let late = open(&site.bed.url, &site.bed.token_file(), QUICK);
+    let first = late.submit(&token, &spec).await.unwrap();
+    let second = site.backend.submit(&token, &spec).await.unwrap();
+    assert_eq!(second, first, "the older one runs");
+    let job = JobRef { token, id: second };
+    assert_eq!(site.outcome(&job).await, Outcome::Exited { code: 0 });
+    assert_eq!(site.file("runs").await, b"ran\n");
 }
