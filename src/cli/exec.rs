@@ -164,7 +164,17 @@ impl ExecArgs {
         {
             Ok(daemon) => daemon,
             Err(error @ StartError::Backend { .. }) => {
-                return Err(Failure::new(Exit::Configuration, "start").source(error).into());
+                let failure = Failure::new(Exit::Configuration, "start");
+                let failure = if context.config_named {
+                    failure
+                } else {
+                    // A kind alone says nothing of servers and tokens.
+                    failure.hint(format!(
+                        "name a configuration with --config, and a backend of it instead of {}",
+                        self.backend
+                    ))
+                };
+                return Err(failure.source(error).into());
             }
             Err(error) => return Err(error.into()),
         };
