@@ -7,10 +7,12 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::time::Instant;
 
 use bridge::coordinator::{AccessToken, Coordinator, NewJob, Options, RunnerOptions, Status};
 
+use crate::support::grid::{self, Grid};
 use crate::support::slurm::{self, Cluster};
 use crate::support::{BRIDGE, PATIENCE, until, write_private};
 
@@ -70,6 +72,7 @@ const LINES: &[(&str, Expect)] = &[
     ),
     ("rm token", Works),
     ("bridge doctor", Says("token")),
+    ("bridge exec --backend grid examples/hello", Says("Pipeline passed with warnings")),
     ("sudo systemctl daemon-reload", Works),
     ("sudo systemctl enable --now bridge", Works),
     ("sudo systemctl reload bridge", Works),
@@ -117,15 +120,17 @@ struct Sandbox {
     dir: tempfile::TempDir,
     gitlab: Coordinator,
     cluster: Option<Cluster>,
+    grid: Option<Arc<Grid>>,
     daemon: Option<Child>,
     environment: BTreeMap<String, String>,
 }
 
 impl Sandbox {
-    async fn new(cluster: Option<Cluster>) -> Self {
+    async fn new(cluster: Option<Cluster>, grid: Option<Arc<Grid>>) -> Self {
         let dir = tempfile::Builder::new().prefix("bridge-readme-").tempdir().unwrap();
         let gitlab = Coordinator::start(Options::default()).await.unwrap();
-        let sandbox = Self { dir, gitlab, cluster, daemon: None, environment: BTreeMap::new() };
+        let sandbox =
+            Self { dir, gitlab, cluster, grid, daemon: None, environment: BTreeMap::new() };
         for place in ["bin", "etc", "shared", "tmp", "var", "work", "home"] {
             std::fs::create_dir(sandbox.path(place)).unwrap();
         }
@@ -173,7 +178,14 @@ impl Sandbox {
                 .replace("kind = \"slurm\"", "kind = \"local\"")
                 .replace("partition = \"ci\"", "");
         }
-        text
+        match &self.grid {
+            Some(grid) => {
+                let token = grid.token_file().display().to_string();
+                text.replace("https://diracx.example.org", grid.url())
+                    .replace(&here("etc/bridge/grid.token"), &token)
+            }
+            None => text.replace("--backend grid", "--backend cluster"),
+        }
     }
 
     fn command(&self, line: &str) -> Output {
@@ -188,7 +200,7 @@ impl Sandbox {
             .env("TMPDIR", self.path("tmp"))
             .env("BUILT", BRIDGE)
             // The README's reader builds in the checkout, and has left it when he configures.
-            .current_dir(if line.starts_with("cargo ") {
+            .current_dir(if line.starts_with("cargo ") || line.ends_with("examples/hello") {
                 root().to_owned()
             } else {
                 self.path("work")
@@ -274,6 +286,12 @@ impl Sandbox {
             let token = self.gitlab.add_runner(RunnerOptions::default());
             write_private(&self.path("work/token"), &token);
         }
+        if line.starts_with("bridge exec --backend grid") && self.grid.is_some() {
+            let config = self.path("etc/bridge/config.toml");
+            let text = std::fs::read_to_string(&config).unwrap();
+            let grid = blocks("toml").into_iter().find(|block| block.contains("[backends.grid]"));
+            write_private(&config, &format!("{text}\n{}", self.moved(&grid.unwrap())));
+        }
         if line == "bridge jobs list --owed" {
             let job = |name: &str| NewJob::new(name).env("GIT_STRATEGY", "none");
             assert_eq!(self.gitlab.enqueue(job("first").script("echo first")), 1000);
@@ -318,7 +336,8 @@ async fn every_command_in_the_readme_works() {
     let known: Vec<&str> = LINES.iter().map(|(line, _)| *line).collect();
     assert_eq!(lines, known, "the README and this test tell different stories");
     let cluster = if slurm::left_out() { None } else { Some(Cluster::start(&[])) };
-    let mut sandbox = Sandbox::new(cluster).await;
+    let grid = if grid::left_out() { None } else { Some(Grid::shared()) };
+    let mut sandbox = Sandbox::new(cluster, grid).await;
     for (line, expect) in LINES {
         sandbox.before(line).await;
         if let Some(words) = line.strip_prefix("sudo systemctl ") {
@@ -353,10 +372,13 @@ async fn every_command_in_the_readme_works() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_configuration_in_the_readme_is_accepted() {
-    let sandbox = Sandbox::new(None).await;
+    let sandbox = Sandbox::new(None, None).await;
     let config = sandbox.path("config.toml");
-    // As it stands, nothing moved: what it names need not exist to be read.
-    write_private(&config, &blocks("toml").concat());
+    // As it stands, nothing moved: what it names need not exist to be read. But nothing is asked
+    // outside of this machine.
+    let written =
+        blocks("toml").concat().replace("https://diracx.example.org", "http://127.0.0.1:1");
+    write_private(&config, &written);
     write_private(&sandbox.path("cluster.token"), "glrt-t3_abcdefghijklmnopqrst");
     let run = |command: &str| {
         let output = sandbox.command(&format!("{BRIDGE} --config {} {command}", config.display()));
@@ -366,14 +388,14 @@ async fn the_configuration_in_the_readme_is_accepted() {
     insta::assert_snapshot!(run("backends list"), @r"
     NAME     KIND   MAX_QUEUED  RUNNERS
     cluster  slurm  50          cluster
+    grid     dirac  200         -
     ");
     insta::assert_snapshot!(run("runners list"), @r"
     NAME     URL                         BACKEND  LIMIT  ID  TOKEN
     cluster  https://gitlab.example.org  cluster  -      -   abcdefghi
     ");
     // Keys that are commented out are right as well.
-    let all: String = blocks("toml")
-        .concat()
+    let all: String = written
         .lines()
         .map(|line| {
             let key = line.strip_prefix("# ").filter(|rest| {
