@@ -8,18 +8,25 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::time::{Duration, Instant};
 
 use bridge::coordinator::{Options, Status};
+use serde_json::json;
 
+use crate::support::grid::{self, Grid};
 use crate::support::slurm::{self, Cluster};
 use crate::support::{Bed, Where, text_of, until};
 
-const POINTS: [&str; 12] = ["B", "C", "D", "D2", "E", "F", "G", "I", "concluded", "K", "K2", "E"];
+const POINTS: [&str; 12] = ["B", "C", "D", "D2", "E", "F", "G", "concluded", "H", "I", "K", "K2"];
 
 async fn survives(bed: &Bed, point: &str) {
     let daemon = bed.serve_with(&[("BRIDGE_CRASH_AT", point)]);
     let job = bed.gitlab.enqueue(
         bed.counting(point)
             .script("for i in 1 2 3 4 5; do echo \"line $i of the log\"; done")
-            .after_script("echo \"and after: $CI_JOB_STATUS\""),
+            .script("echo made > made.txt")
+            .after_script("echo \"and after: $CI_JOB_STATUS\"")
+            .artifact(json!({
+                "name": "made", "paths": ["made.txt"], "artifact_type": "archive",
+                "artifact_format": "zip",
+            })),
     );
     let status = daemon.ended().await;
     assert_eq!(status.signal(), Some(9), "{point}: it died there\n{}", bed.log());
@@ -34,6 +41,7 @@ async fn survives(bed: &Bed, point: &str) {
     }
     assert_eq!(text.matches("and after: success").count(), 1, "{point}: {text}");
     assert_eq!(text.matches("Running with bridge").count(), 1, "{point}: {text}");
+    assert_eq!(bed.gitlab.artifacts(job).len(), 1, "{point}: {text}");
     assert_eq!(text.matches("Job succeeded").count(), 1, "{point}: {text}");
     bed.assert_no_violations();
 }
@@ -67,6 +75,24 @@ async fn a_job_survives_kill_9_at_every_point_on_slurm() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_survives_kill_9_at_every_point_on_the_grid() {
+    if grid::left_out() {
+        return;
+    }
+    let grid = Grid::shared();
+    // Together: each waits for the site most of its time.
+    let all = POINTS.map(|point| {
+        let grid = &grid;
+        async move {
+            let bed = grid.bed(Options::default(), "").await;
+            survives(&bed, point).await;
+            grid.assert_no_twins(&bed);
+        }
+    });
+    futures_util::future::join_all(all).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn between_the_answer_and_the_row_only_gitlab_can_help() {
     // Crash point A: the one hole there is, and no current server closes it. What must hold is that
     // nothing else suffers.
@@ -86,7 +112,18 @@ async fn between_the_answer_and_the_row_only_gitlab_can_help() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancellation_survives_kill_9() {
-    let bed = Bed::local().await;
+    cancellation_survives(&Bed::local().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancellation_survives_kill_9_on_the_grid() {
+    if grid::left_out() {
+        return;
+    }
+    cancellation_survives(&Grid::shared().bed(Options::default(), "").await).await;
+}
+
+async fn cancellation_survives(bed: &Bed) {
     let daemon = bed.serve_with(&[("BRIDGE_CRASH_AT", "J")]);
     let job = bed.gitlab.enqueue(bed.counting("cancelled").script("sleep 600"));
     until("the job to run", || (bed.runs(job) == 1).then_some(())).await;
@@ -185,4 +222,20 @@ async fn fifty_jobs_survive_a_kill_9_every_second_on_slurm() {
     // Longer than the daemon ever lives: the time must go on across its lives.
     bed.write_config("", "", "settle = \"3s\"");
     soak(&bed, 50, Duration::from_secs(240)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thirty_jobs_survive_a_kill_9_every_second_on_the_grid() {
+    if grid::left_out() {
+        return;
+    }
+    if std::env::var_os("BRIDGE_TESTS_QUICK").is_some() {
+        println!("left out: a quick run was asked for");
+        return;
+    }
+    let grid = Grid::shared();
+    let bed = grid.bed(Options::default(), "").await;
+    // A server that is as busy as this one may take up a question when whoever asked is long dead.
+    bed.write_config("", "", "settle = \"5s\"");
+    soak(&bed, 30, Duration::from_secs(240)).await;
 }

@@ -1,22 +1,26 @@
 //! A bed: a coordinator, a configuration, and the real binary; and waiting with a limit.
 
+pub(crate) mod grid;
 pub(crate) mod slurm;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bridge::coordinator::{Coordinator, Counts, JobView, NewJob, Options, RunnerOptions, Status};
 use bridge::trace::strip_headers;
 use serde_json::Value;
 
+use self::grid::Grid;
+
 /// The program under test.
 pub(crate) const BRIDGE: &str = env!("CARGO_BIN_EXE_bridge");
 
 /// How long anything may take that takes a second on an idle machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Waits until something holds, and says what it waited for if it never does.
 pub(crate) async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
@@ -35,6 +39,7 @@ pub(crate) async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) ->
 pub(crate) enum Where {
     Local,
     Slurm { conf: PathBuf },
+    Dirac { grid: Arc<Grid> },
 }
 
 /// Everything a test needs.
@@ -66,20 +71,30 @@ impl Bed {
     pub(crate) fn write_config(&self, top: &str, runner: &str, backend: &str) {
         let dir = self.dir.path().display();
         let kind = match &self.place {
-            Where::Local => "kind = \"local\"\nkill_grace = \"2s\"".to_owned(),
-            Where::Slurm { conf } => {
-                format!("kind = \"slurm\"\npartition = \"ci\"\nslurm_conf = \"{}\"", conf.display())
+            Where::Local => {
+                format!("kind = \"local\"\nkill_grace = \"2s\"\njobs_dir = \"{dir}/jobs\"")
             }
+            Where::Slurm { conf } => format!(
+                "kind = \"slurm\"\npartition = \"ci\"\nslurm_conf = \"{}\"\njobs_dir = \"{dir}/jobs\"",
+                conf.display()
+            ),
+            Where::Dirac { grid } => grid.table(&self.group(), backend),
         };
         let text = format!(
             "state_dir = \"{dir}/state\"\ncheck_interval = \"100ms\"\nconcurrent = 64\n{top}\n\n\
              [[runners]]\nname = \"main\"\nurl = \"{url}\"\ntoken = \"{token}\"\nbackend = \"b\"\n\
              builds_dir = \"{dir}/builds\"\ncache_dir = \"{dir}/cache\"\n{runner}\n\n\
-             [backends.b]\n{kind}\njobs_dir = \"{dir}/jobs\"\n{backend}\n",
+             [backends.b]\n{kind}\n{backend}\n",
             url = self.gitlab.url(),
             token = self.token,
         );
         write_private(&self.config, &text);
+    }
+
+    /// What this bed's jobs are called together on a grid that other beds use, too.
+    pub(crate) fn group(&self) -> String {
+        let name = self.dir.path().file_name().unwrap().to_string_lossy();
+        name.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').collect()
     }
 
     /// Replaces a text in the configuration.
@@ -301,6 +316,10 @@ impl Serve {
     pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     pub(crate) fn signal(&self, name: &str) {
