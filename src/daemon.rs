@@ -19,7 +19,7 @@ use crate::domain::clock::{Clock, SystemClock};
 use crate::domain::id::{BackendName, JobId, RunnerName};
 use crate::domain::policy;
 use crate::gitlab::{self, Client, ClientOptions, Info, InfoOptions, identity};
-use crate::job::{Containers, Mirrors, OnBackend, RunnerContext, Shell};
+use crate::job::{self, Containers, Mirrors, OnBackend, RunnerContext, Shell};
 use crate::reconcile::{self, Reconciler, RunnerEntry, Settings, Watcher, World};
 use crate::registry::{Registry, RegistryError};
 use crate::store::{Job, KeyFileError, Keyring, Lock, LockError, OpenError, Store, StoreError};
@@ -238,6 +238,13 @@ fn assemble(
     let mut agents = Vec::new();
     for runner in &config.runners {
         let failed = |source| StartError::Client { name: runner.name.clone(), source };
+        let flags = job::unknown_flags(runner.feature_flags.keys());
+        if !flags.is_empty() {
+            tracing::warn!(
+                runner = %runner.name, flags = flags.join(", "),
+                "the configuration sets feature flags that nobody knows"
+            );
+        }
         let client = Client::new(client_options(runner)).map_err(failed)?;
         let entry = config.backends.get(&runner.backend);
         let on_backend = backends.get(&runner.backend).map(on_backend).unwrap_or_default();
@@ -375,6 +382,7 @@ impl Daemon {
         let spool_dir = config.state_dir.join("spool");
         make_dir(&spool_dir)?;
         reconcile::clear_leftovers(&store, &spool_dir).await?;
+        reconcile::clear_packed(&store, &config.state_dir.join("artifacts")).await?;
         let shutdown = CancellationToken::new();
         let labels = Labels::default();
         labels.set(&config, &system_id(config.dir()).map_err(StartError::Identity)?);

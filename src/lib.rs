@@ -25,7 +25,8 @@
 //!    one round per backend cancels, finds and polls for all of them.
 //! 7. **Secrets have types and a death date.** They are in the payload's row, sealed with a key that is
 //!    not in the database, until the job is over, in private files until it has ended, and nowhere else:
-//!    no argument list, no log line, no `Debug`.
+//!    no argument list, no log line, no `Debug`. Where nothing is shared with the machines that run jobs,
+//!    they travel in the job's sandbox, which the backend's own account alone can read over there.
 //!
 //! # What is absent
 //!
@@ -51,6 +52,14 @@
 //!                              ▼
 //!                            finished / abandoned ── nothing left behind ──▶ released (release)
 //! ```
+//!
+//! # Where nothing is shared
+//!
+//! A backend with [`bridge_backend::Filesystem::Sandbox`] runs a job in a copy of its workspace. The seam
+//! stays the same: `submit` takes the workspace along, `read_log` gives what the job has sent so far, and
+//! in `reporting` `collect` brings home the names that the plan asked for before the job ran, since
+//! afterwards nobody can ask. What has such a name here is removed first: a file that the script removed
+//! must not be packed from here. Collecting can be begun again at any time, as all of `reporting` can.
 //!
 //! # Where the crash points are
 //!

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::attestation::Statement;
 use super::expand::expand;
 use super::hands::{self, Draft};
+use super::settings::Settings;
 use super::sources::{Output, StageError, Tone};
 use super::variables::Variables;
 use super::{Plan, script, untracked};
@@ -58,15 +59,14 @@ pub(super) struct Transfers {
 }
 
 impl Transfers {
-    pub(super) fn of(payload: &JobPayload, variables: &Variables) -> Self {
-        let attempts = variables.content("ARTIFACT_DOWNLOAD_ATTEMPTS").parse::<u32>();
+    pub(super) fn of(payload: &JobPayload, settings: &Settings, variables: &Variables) -> Self {
         Self {
             job: payload.id,
             short_token: payload.token.expose().chars().take(8).collect(),
             artifacts: payload.artifacts.clone(),
             dependencies: payload.dependencies.clone(),
-            download_attempts: attempts.unwrap_or(1).clamp(1, 10),
-            statement: Statement::wanted(payload, variables),
+            download_attempts: settings.artifact_download_attempts,
+            statement: settings.artifacts_metadata.then(|| Statement::of_job(payload, variables)),
         }
     }
 }

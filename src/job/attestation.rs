@@ -32,18 +32,9 @@ pub(super) struct Statement {
 }
 
 impl Statement {
-    /// Gives it if the job's own variables ask for it.
-    pub(super) fn wanted(payload: &JobPayload, variables: &Variables) -> Option<Self> {
-        let asked = payload
-            .variables
-            .iter()
-            .rev()
-            .find(|variable| variable.key == "RUNNER_GENERATE_ARTIFACTS_METADATA")?;
-        let asked = asked.value.expose();
-        if !matches!(asked, "1" | "t" | "T" | "TRUE" | "true" | "True") {
-            return None;
-        }
-        Some(Self {
+    /// Collects what it says of the job.
+    pub(super) fn of_job(payload: &JobPayload, variables: &Variables) -> Self {
+        Self {
             job: payload.id,
             job_name: payload.job_info.name.clone(),
             repository: public_url(payload.git_info.repo_url.expose()),
@@ -51,7 +42,7 @@ impl Statement {
             runner_id: variables.content("CI_RUNNER_ID").to_owned(),
             runner_name: variables.content("CI_RUNNER_DESCRIPTION").to_owned(),
             names: payload.variables.iter().map(|variable| variable.key.clone()).collect(),
-        })
+        }
     }
 
     /// Writes the statement for one archive. Files that vanished meanwhile are left out.

@@ -24,9 +24,6 @@ const RESTORE: &str = "restore_cache";
 const ARCHIVE: &str = "archive_cache";
 const ARCHIVE_ON_FAILURE: &str = "archive_cache_on_failure";
 
-/// `CACHE_REQUEST_TIMEOUT` when nobody says (gitlab-runner, `common/build.go`).
-const TRANSFER_MINUTES: u64 = 10;
-
 /// How a job's script ended, as `when` asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -75,18 +72,17 @@ pub(super) struct Caches {
 }
 
 impl Caches {
-    /// Reads the payload; complaints come back as at most one text.
+    /// Reads the payload.
     pub(super) fn of(
         payload: &JobPayload,
         runner: &RunnerContext,
         settings: &Settings,
         variables: &Variables,
-    ) -> (Self, Option<String>) {
-        let names = Names { payload, variables, hashed: settings.flag("FF_HASH_CACHE_KEYS") };
-        let mut complaints = Vec::new();
+    ) -> Self {
+        let names = Names { payload, variables, settings };
         let path = paths::project_path(payload.git_info.repo_url.expose(), settings.git_strategy);
         let id = payload.job_info.project_id;
-        let caches = Self {
+        Self {
             wishes: payload
                 .cache
                 .iter()
@@ -102,25 +98,11 @@ impl Caches {
                 server: runner.url.as_str().trim_end_matches('/').to_owned(),
                 runner: runner.short_token.clone(),
             },
-            attempts: number(variables, "RESTORE_CACHE_ATTEMPTS", 1..=10, 1, &mut complaints)
-                .try_into()
-                .unwrap_or(1),
-            transfer_limit: Duration::from_secs(
-                60 * number(
-                    variables,
-                    "CACHE_REQUEST_TIMEOUT",
-                    1..=7 * 24 * 60,
-                    TRANSFER_MINUTES,
-                    &mut complaints,
-                ),
-            ),
-            format: format(variables, &mut complaints),
-            level: level(variables, &mut complaints),
-        };
-        let complaint = (!complaints.is_empty() && !caches.wishes.is_empty()).then(|| {
-            format!("some settings of caches cannot be used as they are: {}", complaints.join("; "))
-        });
-        (caches, complaint)
+            attempts: settings.restore_cache_attempts,
+            transfer_limit: settings.cache_request_timeout,
+            format: settings.cache_compression_format,
+            level: settings.cache_compression_level,
+        }
     }
 }
 
@@ -136,7 +118,7 @@ impl Caches {
 struct Names<'a> {
     payload: &'a JobPayload,
     variables: &'a Variables,
-    hashed: bool,
+    settings: &'a Settings,
 }
 
 impl Names<'_> {
@@ -154,7 +136,8 @@ impl Names<'_> {
             let raw = self.variables.expand(raw);
             fallback.extend(self.fallback(&raw, false, &mut fallback_remarks));
         }
-        let raw = self.variables.expand(self.variables.content("CACHE_FALLBACK_KEY"));
+        let raw = self.settings.cache_fallback_key.as_deref().unwrap_or_default();
+        let raw = self.variables.expand(raw);
         fallback.extend(self.fallback(&raw, true, &mut fallback_remarks));
         let mut seen: Vec<Key> = key.iter().cloned().collect();
         fallback.retain(|key| {
@@ -182,7 +165,7 @@ impl Names<'_> {
 
     /// Makes a key, and says where it is not what was written.
     fn key(&self, raw: &str, warnings: &mut Vec<String>) -> Option<Key> {
-        if self.hashed {
+        if self.settings.flag("FF_HASH_CACHE_KEYS") {
             return Key::hashed(raw);
         }
         let key = Key::sanitized(raw);
@@ -227,70 +210,6 @@ impl Names<'_> {
                 None
             }
             key => key,
-        }
-    }
-}
-
-fn number(
-    variables: &Variables,
-    name: &str,
-    allowed: std::ops::RangeInclusive<u64>,
-    default: u64,
-    complaints: &mut Vec<String>,
-) -> u64 {
-    let raw = variables.content(name).trim();
-    if raw.is_empty() {
-        return default;
-    }
-    match raw.parse::<i64>() {
-        Ok(wanted) => {
-            let (low, high) = allowed.into_inner();
-            let near = u64::try_from(wanted).unwrap_or(0).clamp(low, high);
-            if u64::try_from(wanted) != Ok(near) {
-                complaints
-                    .push(format!("{name}: {wanted} is not within {low} to {high}; using {near}"));
-            }
-            near
-        }
-        Err(_not_a_number) => {
-            let short: String = raw.chars().take(40).collect();
-            complaints.push(format!("{name}: expected a number, got {short:?}; using {default}"));
-            default
-        }
-    }
-}
-
-fn format(variables: &Variables, complaints: &mut Vec<String>) -> Format {
-    let raw = variables.content("CACHE_COMPRESSION_FORMAT");
-    match raw.to_ascii_lowercase().as_str() {
-        "" | "zip" => Format::Zip,
-        "zipzstd" => Format::ZipZstd,
-        "tarzstd" => Format::TarZstd,
-        _ => {
-            let short: String = raw.chars().take(40).collect();
-            complaints.push(format!(
-                "CACHE_COMPRESSION_FORMAT: expected zip, zipzstd or tarzstd, got {short:?}; using zip"
-            ));
-            Format::Zip
-        }
-    }
-}
-
-fn level(variables: &Variables, complaints: &mut Vec<String>) -> Level {
-    let raw = variables.content("CACHE_COMPRESSION_LEVEL");
-    match raw.to_ascii_lowercase().as_str() {
-        "fastest" => Level::Fastest,
-        "fast" => Level::Fast,
-        "" | "default" => Level::Default,
-        "slow" => Level::Slow,
-        "slowest" => Level::Slowest,
-        _ => {
-            let short: String = raw.chars().take(40).collect();
-            complaints.push(format!(
-                "CACHE_COMPRESSION_LEVEL: expected fastest, fast, default, slow or slowest, got \
-                 {short:?}; using default"
-            ));
-            Level::Default
         }
     }
 }

@@ -500,7 +500,6 @@ async fn formats_and_levels_are_taken_from_variables() {
     for (name, value, part) in [
         ("CACHE_COMPRESSION_FORMAT", "rar", "using zip"),
         ("CACHE_COMPRESSION_LEVEL", "9", "using default"),
-        ("CACHE_REQUEST_TIMEOUT", "0", "using 1"),
         ("CACHE_REQUEST_TIMEOUT", "ten", "using 10"),
         ("RESTORE_CACHE_ATTEMPTS", "-2", "using 1"),
         ("RESTORE_CACHE_ATTEMPTS", "11", "using 10"),

@@ -56,7 +56,7 @@ pub use self::artifacts::{AfterUpload, PackedArtifact, Ran, after_upload};
 pub use self::cache::Ended;
 pub use self::credentials::{Login, Registries};
 pub use self::flags::unknown as unknown_flags;
-pub use self::settings::{CacheFormat, CompressionLevel, GitStrategy, Settings, SubmoduleStrategy};
+pub use self::settings::{GitStrategy, Settings, SubmoduleStrategy};
 pub use self::sources::{Output, StageError, Tone, release};
 
 use self::script::Source;
@@ -392,8 +392,7 @@ pub fn plan_at(
     let mut warnings = std::mem::take(&mut environment.warnings);
     warnings.extend(complaints);
     warnings.extend(containers(payload, &variables, runner.containers)?);
-    let (caches, complaints) = cache::Caches::of(payload, runner, &settings, &variables);
-    warnings.extend(complaints);
+    let caches = cache::Caches::of(payload, runner, &settings, &variables);
     let docker_auth_config = variables.content("DOCKER_AUTH_CONFIG");
     let (registries, complaint) = Registries::of(docker_auth_config, &payload.credentials);
     warnings.extend(complaint);
@@ -432,7 +431,7 @@ pub fn plan_at(
             .get_sources_timeout
             .filter(|limit| !limit.is_zero())
             .map_or(timeout, |limit| limit.min(timeout)),
-        transfers: artifacts::Transfers::of(payload, &variables),
+        transfers: artifacts::Transfers::of(payload, &settings, &variables),
         git_started: AtomicU32::new(0),
         runner: runner.clone(),
         project_dir,

@@ -99,8 +99,10 @@ impl Job {
         fs::write(&script, &spec.script).unwrap();
         let (shell, path) = shell(self.outer, &root);
         let log = fs::OpenOptions::new().append(true).create(true).open(root.join("log")).unwrap();
-        let child = Command::new(shell)
-            .arg0("sh")
+        // Whoever runs the tests may ignore signals, and a shell cannot undo that.
+        let child = Command::new("/usr/bin/env")
+            .args(["--default-signal", "/bin/bash", "-c", "exec -a sh \"$0\" \"$@\""])
+            .arg(shell)
             .arg(&script)
             .env_clear()
             .env("PATH", path)

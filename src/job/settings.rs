@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::RunnerContext;
 use super::flags;
 use super::variables::Variables;
+use crate::archive::{Format, Level};
 use crate::gitlab::wire::JobPayload;
 
 /// How long `after_script` may take when nobody says (gitlab-runner, `common/const.go`).
@@ -67,34 +68,6 @@ pub enum SubmoduleStrategy {
     Unknown(String),
 }
 
-/// How much time compression may cost.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum CompressionLevel {
-    /// As little as possible.
-    Fastest,
-    /// Little.
-    Fast,
-    /// What the format suggests.
-    #[default]
-    Default,
-    /// Much.
-    Slow,
-    /// As much as it takes.
-    Slowest,
-}
-
-/// The format that a cache is packed in; what is unpacked is known by its content.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum CacheFormat {
-    /// zip with deflate.
-    #[default]
-    Zip,
-    /// zip with zstd.
-    ZipZstd,
-    /// tar in zstd.
-    TarZstd,
-}
-
 /// What a job's variables say about how it is run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -131,15 +104,11 @@ pub struct Settings {
     /// `CACHE_FALLBACK_KEY`.
     pub cache_fallback_key: Option<String>,
     /// `CACHE_COMPRESSION_LEVEL`.
-    pub cache_compression_level: CompressionLevel,
+    pub cache_compression_level: Level,
     /// `CACHE_COMPRESSION_FORMAT`.
-    pub cache_compression_format: CacheFormat,
+    pub cache_compression_format: Format,
     /// `CACHE_REQUEST_TIMEOUT`: the most that one request to a cache's store may take.
     pub cache_request_timeout: Duration,
-    /// `ARTIFACT_COMPRESSION_LEVEL`.
-    pub artifact_compression_level: CompressionLevel,
-    /// `TRANSFER_METER_FREQUENCY`: how often the progress of a transfer is told; `None` is never.
-    pub transfer_meter: Option<Duration>,
     /// `RUNNER_GENERATE_ARTIFACTS_METADATA`: a statement of provenance goes with each zip of artifacts.
     pub artifacts_metadata: bool,
     /// `AFTER_SCRIPT_IGNORE_ERRORS`.
@@ -200,8 +169,6 @@ impl Settings {
                 CACHE_REQUEST_MINUTES,
                 MOST_CACHE_REQUEST_MINUTES,
             ),
-            artifact_compression_level: reader.level("ARTIFACT_COMPRESSION_LEVEL"),
-            transfer_meter: reader.meter("TRANSFER_METER_FREQUENCY"),
             artifacts_metadata: reader.boolean("RUNNER_GENERATE_ARTIFACTS_METADATA", false),
             after_script_ignore_errors: reader.boolean("AFTER_SCRIPT_IGNORE_ERRORS", true),
             script_timeout: reader.timeout("RUNNER_SCRIPT_TIMEOUT", job_timeout),
@@ -367,37 +334,39 @@ impl Reader<'_> {
         u32::try_from(wanted.max(0)).unwrap_or(u32::MAX)
     }
 
-    fn level(&mut self, name: &str) -> CompressionLevel {
-        match self.variables.content(name) {
-            "" | "default" => CompressionLevel::Default,
-            "fastest" => CompressionLevel::Fastest,
-            "fast" => CompressionLevel::Fast,
-            "slow" => CompressionLevel::Slow,
-            "slowest" => CompressionLevel::Slowest,
-            raw => {
+    fn level(&mut self, name: &str) -> Level {
+        // The official runner writes these in capitals in places.
+        match self.variables.content(name).to_ascii_lowercase().as_str() {
+            "" | "default" => Level::Default,
+            "fastest" => Level::Fastest,
+            "fast" => Level::Fast,
+            "slow" => Level::Slow,
+            "slowest" => Level::Slowest,
+            _ => {
+                let raw = self.variables.content(name);
                 self.complain(format!(
                     "{name}: expected fastest, fast, default, slow or slowest, got {}; using \
                      default",
                     shown(raw)
                 ));
-                CompressionLevel::Default
+                Level::Default
             }
         }
     }
 
-    fn cache_format(&mut self) -> CacheFormat {
+    fn cache_format(&mut self) -> Format {
         const NAME: &str = "CACHE_COMPRESSION_FORMAT";
         let raw = self.variables.content(NAME);
         match raw.to_ascii_lowercase().as_str() {
-            "" | "zip" => CacheFormat::Zip,
-            "zipzstd" => CacheFormat::ZipZstd,
-            "tarzstd" => CacheFormat::TarZstd,
+            "" | "zip" => Format::Zip,
+            "zipzstd" => Format::ZipZstd,
+            "tarzstd" => Format::TarZstd,
             _ => {
                 self.complain(format!(
                     "{NAME}: expected zip, zipzstd or tarzstd, got {}; using zip",
                     shown(raw)
                 ));
-                CacheFormat::Zip
+                Format::Zip
             }
         }
     }
@@ -423,27 +392,6 @@ impl Reader<'_> {
             },
         };
         Duration::from_secs(minutes * 60)
-    }
-
-    fn meter(&mut self, name: &str) -> Option<Duration> {
-        let raw = self.variables.content(name);
-        if raw.is_empty() {
-            return None;
-        }
-        match parse_duration(raw) {
-            None => {
-                self.complain(format!(
-                    "{name}: {} is no duration such as 1h30m or 45s; ignored",
-                    shown(raw)
-                ));
-                None
-            }
-            Some((negative, frequency)) => {
-                let wanted = !negative && !frequency.is_zero();
-                // More often than each second nobody can read, and GitLab need not store.
-                wanted.then(|| frequency.max(Duration::from_secs(1)))
-            }
-        }
     }
 
     /// There is one schema that anybody writes.

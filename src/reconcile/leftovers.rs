@@ -91,6 +91,38 @@ pub async fn clear_leftovers(store: &Store, spool_dir: &Utf8Path) -> Result<(), 
     Ok(())
 }
 
+/// Removes packed artifacts of jobs that owe nothing any more, and whose removal failed then.
+///
+/// To be called before any job goes on.
+///
+/// # Errors
+///
+/// When the database cannot be read.
+pub async fn clear_packed(store: &Store, artifacts_dir: &Utf8Path) -> Result<(), StoreError> {
+    let owed = store.list(&Filter { owed: true, ..Filter::default() }).await?;
+    let known: HashSet<String> = owed.iter().map(|job| job.id.to_string()).collect();
+    let dir = artifacts_dir.to_owned();
+    let cleared = tokio::task::spawn_blocking(move || -> io::Result<()> {
+        for entry in std::fs::read_dir(&dir)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            // Only what is named like a job is ours to remove.
+            let ours = name.to_str().filter(|name| name.parse::<JobId>().is_ok());
+            if ours.is_some_and(|name| !known.contains(name)) {
+                std::fs::remove_dir_all(entry.path())?;
+            }
+        }
+        Ok(())
+    });
+    match cleared.await.map_err(io::Error::other).and_then(|done| done) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %artifacts_dir, error = %error, "old packed artifacts remain");
+        }
+        Ok(()) | Err(_) => {}
+    }
+    Ok(())
+}
+
 /// Reads all notes that make sense: their files, and the workspaces they name.
 async fn notes(dir: &Utf8Path) -> Vec<(Utf8PathBuf, Utf8PathBuf)> {
     let mut notes = Vec::new();
@@ -127,5 +159,31 @@ async fn notes(dir: &Utf8Path) -> Vec<(Utf8PathBuf, Utf8PathBuf)> {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_util::task::TaskTracker;
+
+    use super::*;
+    use crate::store::Keyring;
+
+    #[tokio::test]
+    async fn packed_artifacts_that_nobody_owes_go_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Utf8Path::from_path(dir.path()).unwrap();
+        let (state, tracker) = (root.join("state"), TaskTracker::new());
+        let store = Store::open(&state, Keyring::for_tests(), &tracker).await.unwrap();
+        let artifacts = root.join("artifacts");
+        clear_packed(&store, &artifacts).await.unwrap();
+        let old = artifacts.join(JobId::mint(jiff::Timestamp::UNIX_EPOCH, 7).to_string());
+        for path in [&old, &artifacts.join("somebody's")] {
+            std::fs::create_dir_all(path).unwrap();
+            std::fs::write(path.join("0"), "packed").unwrap();
+        }
+        clear_packed(&store, &artifacts).await.unwrap();
+        assert!(!old.exists());
+        assert!(artifacts.join("somebody's/0").exists());
     }
 }

@@ -36,7 +36,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use crate::reconcile::leftovers::clear_leftovers;
+pub use crate::reconcile::leftovers::{clear_leftovers, clear_packed};
 
 use crate::cache::CacheStore;
 use crate::domain::clock::Clock;

@@ -123,6 +123,23 @@ pub(in crate::reconcile) struct Stage<'a> {
 /// What a stage does.
 pub(in crate::reconcile) type Work<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
+/// Waits for something else while a stage goes on: a GitLab that is slow to answer must not stop it.
+async fn alongside<T, U>(
+    work: &mut Work<'_, T>,
+    finished: &mut Option<T>,
+    other: impl Future<Output = U>,
+) -> U {
+    let mut other = std::pin::pin!(other);
+    if finished.is_none() {
+        // Both are polled again where they stopped.
+        tokio::select! {
+            done = work.as_mut() => *finished = Some(done),
+            answer = &mut other => return answer,
+        }
+    }
+    other.await
+}
+
 /// Says what a failed stage means for its job.
 pub(in crate::reconcile) fn cause(error: StageError) -> Cause {
     match error {
@@ -232,7 +249,11 @@ impl Step<'_> {
         }
         let mut rest = Vec::new();
         let mut held = Duration::ZERO;
+        let mut finished = None;
         let done = loop {
+            if let Some(done) = finished.take() {
+                break Ok(done);
+            }
             // `work` is polled again where it stopped; the sleep and the shutdown hold nothing.
             tokio::select! {
                 done = &mut work => break Ok(done),
@@ -245,14 +266,16 @@ impl Step<'_> {
                 sink.pour(&mut desk, self.line_time(), &mut rest, false);
                 desk = self.keep(desk).await?;
                 self.r.store.save(&self.job).await?;
-                match self.show(prepared, &mut desk).await? {
+                let shown = self.show(prepared, &mut desk);
+                match alongside(&mut work, &mut finished, shown).await? {
                     Heard::Fine => {}
                     // Whether the job is still ours the next touch tells for certain.
                     Heard::Disowned(status) if matches!(status.as_str(), "403" | "404") => {}
                     Heard::Disowned(status) => break Err(Stopped::Disowned(status)),
                 }
             }
-            if let Some(stopped) = self.still_wanted(prepared, stage.until).await? {
+            let wanted = self.still_wanted(prepared, stage.until);
+            if let Some(stopped) = alongside(&mut work, &mut finished, wanted).await? {
                 break Err(stopped);
             }
         };

@@ -116,7 +116,14 @@ async fn jobs_are_listed_shown_and_found_while_the_daemon_runs_and_when_it_does_
             assert!(fields.lines().any(|line| line.starts_with(&format!("{field} "))), "{shown}");
         }
         let host = String::from_utf8(Command::new("uname").arg("-n").output().unwrap().stdout);
-        insta::assert_snapshot!(history.replace(host.unwrap().trim(), "HOST"), @r#"
+        let host = host.unwrap();
+        // A token may happen to hold the host's name.
+        let hide = |line: &str| match line.contains(" started ") {
+            true => line.replace(host.trim(), "HOST"),
+            false => line.to_owned(),
+        };
+        let history = history.lines().map(hide).collect::<Vec<_>>().join("\n");
+        insta::assert_snapshot!(history, @r#"
         AT  ACTOR  EVENT  DETAIL
         [time]  agent  received  -
         [time]  reconciler  attempted  -
