@@ -72,6 +72,11 @@ pub trait HealthSource: Send + Sync + 'static {
     /// Says why jobs cannot be taken now; nothing when they can.
     fn health(&self) -> BoxFuture<'_, Vec<Problem>>;
 
+    /// Says what will keep jobs from being taken unless somebody acts in time.
+    fn warnings(&self) -> BoxFuture<'_, Vec<Problem>> {
+        Box::pin(async { Vec::new() })
+    }
+
     /// Counts what the store knows now.
     fn snapshot(&self) -> BoxFuture<'_, Snapshot>;
 }
@@ -235,10 +240,19 @@ async fn metrics(State(pages): State<Pages>) -> Response {
 
 async fn health(State(pages): State<Pages>) -> Response {
     let problems = pages.source.health().await;
+    let warnings = pages.source.warnings().await;
     if problems.is_empty() {
-        return (StatusCode::OK, "ok\n").into_response();
+        if warnings.is_empty() {
+            return (StatusCode::OK, "ok\n").into_response();
+        }
+        // Whoever only looks at the status has time.
+        let body = serde_json::json!({ "status": "ok", "warnings": warnings });
+        return (StatusCode::OK, axum::Json(body)).into_response();
     }
-    let body = serde_json::json!({ "status": "unhealthy", "problems": problems });
+    let mut body = serde_json::json!({ "status": "unhealthy", "problems": problems });
+    if !warnings.is_empty() {
+        body["warnings"] = serde_json::json!(warnings);
+    }
     (StatusCode::SERVICE_UNAVAILABLE, axum::Json(body)).into_response()
 }
 
