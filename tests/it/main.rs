@@ -14,6 +14,7 @@ mod cancel;
 mod cli;
 mod crash;
 mod exec;
+mod grid_login;
 mod input;
 mod layering;
 mod lifecycle;
