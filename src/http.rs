@@ -391,6 +391,41 @@ mod tests {
         served.unwrap();
     }
 
+    struct Warns;
+
+    impl HealthSource for Warns {
+        fn health(&self) -> BoxFuture<'_, Vec<Problem>> {
+            Box::pin(async { Vec::new() })
+        }
+
+        fn warnings(&self) -> BoxFuture<'_, Vec<Problem>> {
+            let soon = Problem { what: "it ends".into(), whose_move: WhoseMove::Operator };
+            Box::pin(async { vec![soon] })
+        }
+
+        fn snapshot(&self) -> BoxFuture<'_, Snapshot> {
+            Box::pin(async { Snapshot::default() })
+        }
+    }
+
+    #[tokio::test]
+    async fn a_warning_is_shown_and_is_no_failure() {
+        let bound = bind(&ListenAddress::Tcp("127.0.0.1:0".parse().unwrap())).await.unwrap();
+        let (address, stop) = (tcp(&bound), CancellationToken::new());
+        let ask = async {
+            let health = get(TcpStream::connect(address).await.unwrap(), "/health").await;
+            assert!(health.starts_with("HTTP/1.1 200"), "{health}");
+            let body = health.split("\r\n\r\n").nth(1).unwrap();
+            let body: serde_json::Value = serde_json::from_str(body).unwrap();
+            let warning = serde_json::json!({"what": "it ends", "whose_move": "operator"});
+            assert_eq!(body, serde_json::json!({"status": "ok", "warnings": [warning]}));
+            stop.cancel();
+        };
+        let warns = Pages { source: Arc::new(Warns), ..pages(false) };
+        let (served, ()) = tokio::join!(bound.serve(warns, stop.clone()), ask);
+        served.unwrap();
+    }
+
     fn socket_in(dir: &tempfile::TempDir) -> Utf8PathBuf {
         Utf8Path::from_path(dir.path()).unwrap().join("http.sock")
     }

@@ -165,3 +165,56 @@ pub fn roughly(time: Duration) -> String {
     };
     if count == 1 { format!("1 {unit}") } else { format!("{count} {unit}s") }
 }
+
+#[cfg(test)]
+mod tests {
+    use bridge_backend::ErrorKind;
+    use bridge_backend::fake::{FakeOptions, FakeWorld, Verb};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_lost_login_is_said_until_it_is_mended_and_silence_changes_nothing() {
+        let fake = FakeWorld::new(FakeOptions::default());
+        let world = BTreeMap::from([(BackendName("grid".into()), fake.open())]);
+        let logins = Logins::default();
+        assert!(!logins.look(&world).await);
+        assert_eq!(logins.troubles(), Vec::<String>::new());
+        fake.lock_out(true);
+        assert!(logins.look(&world).await);
+        let said = ["backend grid: cannot log in: test; run `bridge backends login grid`"];
+        assert_eq!(logins.troubles(), said);
+        fake.lock_out(false);
+        fake.outage(Verb::Check, Some(ErrorKind::Transient));
+        assert!(logins.look(&world).await, "nobody knows better");
+        assert_eq!(logins.troubles(), said);
+        fake.outage(Verb::Check, None);
+        assert!(!logins.look(&world).await);
+        assert_eq!(logins.troubles(), Vec::<String>::new());
+        fake.lock_out(true);
+        logins.look(&world).await;
+        logins.look(&BTreeMap::new()).await;
+        assert_eq!(logins.troubles(), Vec::<String>::new(), "what is not configured is forgotten");
+    }
+
+    #[test]
+    fn what_ends_soon_names_what_renews_it() {
+        let name = BackendName("grid".into());
+        let login = |remedy| Login {
+            who: "robot".into(),
+            left: Some(Duration::from_secs(3 * 3_600)),
+            ends_soon: true,
+            remedy,
+        };
+        assert_eq!(
+            ends_soon(&name, &login(Remedy::Login)),
+            "the login ends in 3 hours and nothing prolongs it; run `bridge backends login grid`"
+        );
+        assert_eq!(
+            ends_soon(&name, &login(Remedy::Other)),
+            "the login ends in 3 hours unless its token file is renewed"
+        );
+        let times = [1, 119, 120, 7_200, 172_800].map(|s| roughly(Duration::from_secs(s)));
+        assert_eq!(times, ["1 second", "119 seconds", "2 minutes", "2 hours", "2 days"]);
+    }
+}

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read as _, Seek as _};
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use async_trait::async_trait;
 use bridge_backend::{
@@ -19,6 +19,7 @@ use crate::client::{Answer, Client};
 use crate::config::Config;
 use crate::failure::{AskError, nonsense, refused, remedied, site, transient, unasked};
 use crate::known;
+use crate::limits::Judged;
 use crate::pieces::{Kind, Shelf};
 use crate::token::{self, Tokens};
 
@@ -39,6 +40,7 @@ pub struct Dirac {
     pub(crate) tokens: Tokens,
     pub(crate) shelf: Shelf,
     capabilities: Capabilities,
+    judged: Judged,
 }
 
 /// What a server says of itself.
@@ -72,7 +74,15 @@ impl Dirac {
             max_concurrency: config.max_concurrency,
         };
         let tokens = Tokens::new(&config, Arc::clone(&client));
-        Ok(Self { config, client, tokens, shelf: Shelf::default(), capabilities })
+        Ok(Self { config, client, tokens, shelf: Shelf::default(), capabilities, judged: Judged::default() })
+    }
+
+    pub(crate) fn judged(&self) -> Option<(String, std::result::Result<(), String>)> {
+        self.judged.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn remember(&self, judged: (String, std::result::Result<(), String>)) {
+        *self.judged.lock().unwrap_or_else(PoisonError::into_inner) = Some(judged);
     }
 
     /// Asks DiracX; a token that is not taken is renewed, and the question asked once more.

@@ -62,6 +62,7 @@ mod dirac;
 mod failure;
 mod jdl;
 mod known;
+mod limits;
 mod login;
 mod options;
 mod pieces;

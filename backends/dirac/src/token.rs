@@ -370,6 +370,8 @@ impl Renewal {
             Err(TokenError::Lost { path, why, .. }) => {
                 tracing::error!(%path, why, "the login is lost");
             }
+            // The other program is done in a moment.
+            Err(TokenError::Busy { .. }) => {}
             Err(error) if error.remedy().is_none() => {
                 let mut text = error.to_string();
                 let mut cause = std::error::Error::source(error);
@@ -433,17 +435,23 @@ impl Renewal {
             let written =
                 tokio::task::spawn_blocking(move || locked.write(&access, &refresh, expires));
             let written = written.await.map_err(|error| self.place.refused(error.to_string()))?;
-            if let Err(error) = written {
-                // It works until this process ends; then the login is lost. Better than losing it now.
-                let error: &dyn std::error::Error = &error;
-                tracing::error!(path = %self.place.path, error, "the new token could not be kept");
-            }
+            stamp = match written {
+                Ok(stamp) => stamp,
+                Err(error) => {
+                    // It works until this process ends; then the login is lost. Better than losing it
+                    // now.
+                    let error: &dyn std::error::Error = &error;
+                    let path = &self.place.path;
+                    tracing::error!(%path, error, "the new token could not be kept");
+                    token_file::stamp(path)
+                }
+            };
         }
         held.access = granted.access_token;
         held.refresh = Some(refresh);
         held.claims = claims;
         note(&self.seen, &held);
-        state.held = Some((held.clone(), token_file::stamp(&self.place.path)));
+        state.held = Some((held.clone(), stamp));
         state.lost = None;
         Ok(token_of(&held))
     }

@@ -310,7 +310,7 @@ impl Locked {
         access: &SecretString,
         refresh: &SecretString,
         expires_on: i64,
-    ) -> Result<(), FileError> {
+    ) -> Result<Stamp, FileError> {
         let text = text_for(access, Some(refresh), expires_on);
         let side = side_of(&self.path);
         let beside = || -> io::Result<()> {
@@ -332,11 +332,13 @@ impl Locked {
             self.file.sync_all()
         };
         inside().map_err(failed("write", &self.path))?;
+        // Of this file, which may have lost its name to a new login meanwhile.
+        let meta = self.file.metadata().map_err(failed("look at", &self.path))?;
         // That it could not be removed hurts nobody: it is read only when this file is broken.
         if let Err(error) = remove(&side) {
             tracing::warn!(path = %side, %error, "copy of the new token stays");
         }
-        Ok(())
+        Ok(of_meta(&meta))
     }
 }
 

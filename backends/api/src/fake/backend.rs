@@ -311,6 +311,10 @@ impl Backend for FakeBackend {
         &self.capabilities
     }
 
+    fn has_login(&self) -> bool {
+        true
+    }
+
     async fn check(&self) -> Result<()> {
         let call = Call { verb: Verb::Check, tokens: Vec::new(), range: None };
         self.call(call, |_| Ok(())).await

@@ -246,8 +246,15 @@ async fn what_is_wrong_with_a_token_file_is_said_by_its_name() {
         assert!(story(&error).contains(named), "{}", story(&error));
         assert!(!story(&error).contains(good.trim()), "the token is shown");
     };
-    wrong("vo = 'lhcb'", "lhcb").await;
+    wrong("vo = 'lhcb'", "does not know the VO \"lhcb\"; it has: testvo").await;
     wrong("group = 'prod'", "prod").await;
+    wrong("vo = 'testvo'\ngroup = 'prod'", "no group \"prod\"; it has: admin, pilot, user").await;
+    wrong("vo = 'testvo'\ngroup = 'admin'", "it is for the group \"user\"").await;
+    wrong("job_type = 'Odd'", "it takes: Hospital, Test, User").await;
+    // The same configuration is not sent twice.
+    let twice = open(&bed.url, &path, "job_type = 'Test'");
+    twice.check().await.unwrap();
+    twice.check().await.unwrap();
     private(&path, good.split_at(good.len() / 2).0);
     wrong("", "log in to DIRAC").await;
     private(&path, "");
