@@ -72,6 +72,11 @@ pub trait HealthSource: Send + Sync + 'static {
     /// Says why jobs cannot be taken now; nothing when they can.
     fn health(&self) -> BoxFuture<'_, Vec<Problem>>;
 
+    /// Says what will keep jobs from being taken unless somebody acts in time.
+    fn warnings(&self) -> BoxFuture<'_, Vec<Problem>> {
+        Box::pin(async { Vec::new() })
+    }
+
     /// Counts what the store knows now.
     fn snapshot(&self) -> BoxFuture<'_, Snapshot>;
 }
@@ -235,10 +240,19 @@ async fn metrics(State(pages): State<Pages>) -> Response {
 
 async fn health(State(pages): State<Pages>) -> Response {
     let problems = pages.source.health().await;
+    let warnings = pages.source.warnings().await;
     if problems.is_empty() {
-        return (StatusCode::OK, "ok\n").into_response();
+        if warnings.is_empty() {
+            return (StatusCode::OK, "ok\n").into_response();
+        }
+        // Whoever only looks at the status has time.
+        let body = serde_json::json!({ "status": "ok", "warnings": warnings });
+        return (StatusCode::OK, axum::Json(body)).into_response();
     }
-    let body = serde_json::json!({ "status": "unhealthy", "problems": problems });
+    let mut body = serde_json::json!({ "status": "unhealthy", "problems": problems });
+    if !warnings.is_empty() {
+        body["warnings"] = serde_json::json!(warnings);
+    }
     (StatusCode::SERVICE_UNAVAILABLE, axum::Json(body)).into_response()
 }
 
@@ -374,6 +388,41 @@ mod tests {
             stop.cancel();
         };
         let (served, ()) = tokio::join!(bound.serve(pages(true), stop.clone()), ask);
+        served.unwrap();
+    }
+
+    struct Warns;
+
+    impl HealthSource for Warns {
+        fn health(&self) -> BoxFuture<'_, Vec<Problem>> {
+            Box::pin(async { Vec::new() })
+        }
+
+        fn warnings(&self) -> BoxFuture<'_, Vec<Problem>> {
+            let soon = Problem { what: "it ends".into(), whose_move: WhoseMove::Operator };
+            Box::pin(async { vec![soon] })
+        }
+
+        fn snapshot(&self) -> BoxFuture<'_, Snapshot> {
+            Box::pin(async { Snapshot::default() })
+        }
+    }
+
+    #[tokio::test]
+    async fn a_warning_is_shown_and_is_no_failure() {
+        let bound = bind(&ListenAddress::Tcp("127.0.0.1:0".parse().unwrap())).await.unwrap();
+        let (address, stop) = (tcp(&bound), CancellationToken::new());
+        let ask = async {
+            let health = get(TcpStream::connect(address).await.unwrap(), "/health").await;
+            assert!(health.starts_with("HTTP/1.1 200"), "{health}");
+            let body = health.split("\r\n\r\n").nth(1).unwrap();
+            let body: serde_json::Value = serde_json::from_str(body).unwrap();
+            let warning = serde_json::json!({"what": "it ends", "whose_move": "operator"});
+            assert_eq!(body, serde_json::json!({"status": "ok", "warnings": [warning]}));
+            stop.cancel();
+        };
+        let warns = Pages { source: Arc::new(Warns), ..pages(false) };
+        let (served, ()) = tokio::join!(bound.serve(warns, stop.clone()), ask);
         served.unwrap();
     }
 

@@ -105,6 +105,7 @@ pub mod domain;
 pub mod gitlab;
 pub mod http;
 pub mod job;
+pub mod logins;
 pub mod pipeline;
 pub mod reconcile;
 pub mod registry;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use bridge_backend::{Backend, Driver, OpenError};
+use bridge_backend::{Backend, Driver, Invite, LoggingIn, OpenError};
 
 use crate::config::{BackendEntry, Config};
 use crate::domain::id::BackendName;
@@ -78,16 +78,33 @@ impl Registry {
     /// When its kind is not known or its driver refuses the table.
     pub fn open(&self, entry: &BackendEntry) -> Result<Arc<dyn Backend>, RegistryError> {
         let kind = &entry.kind;
-        let Some(driver) = self.drivers.get(kind.as_str()) else {
+        (self.driver(kind)?.open)(entry.table.clone())
+            .map_err(|source| RegistryError::Open { kind: kind.clone(), source })
+    }
+
+    /// Has a person log in for a backend; `None` when its kind has no logins.
+    ///
+    /// # Errors
+    ///
+    /// When its kind is not known.
+    pub fn log_in(
+        &self,
+        entry: &BackendEntry,
+        invite: Invite,
+    ) -> Result<Option<LoggingIn>, RegistryError> {
+        let driver = self.driver(&entry.kind)?;
+        Ok(driver.login.map(|login| login(entry.table.clone(), invite)))
+    }
+
+    fn driver(&self, kind: &str) -> Result<&Driver, RegistryError> {
+        self.drivers.get(kind).ok_or_else(|| {
             let guess = match crate::config::nearest(kind, self.kinds()) {
                 Some(guess) => format!("; did you mean {guess:?}?"),
                 None => String::new(),
             };
             let known = self.kinds().collect::<Vec<_>>().join(", ");
-            return Err(RegistryError::UnknownKind { kind: kind.clone(), guess, known });
-        };
-        (driver.open)(entry.table.clone())
-            .map_err(|source| RegistryError::Open { kind: kind.clone(), source })
+            RegistryError::UnknownKind { kind: kind.to_owned(), guess, known }
+        })
     }
 
     /// Opens all backends of a configuration.
@@ -119,8 +136,8 @@ mod tests {
 
     fn registry() -> Registry {
         Registry::default()
-            .with(Driver { kind: "slurm", open: refusing })
-            .with(Driver { kind: "local", open: refusing })
+            .with(Driver { kind: "slurm", open: refusing, login: None })
+            .with(Driver { kind: "local", open: refusing, login: None })
     }
 
     fn entry(kind: &str) -> BackendEntry {

@@ -1,8 +1,8 @@
-//! `bridge backends`: what is configured, and whether it would take a job now.
+//! `bridge backends`: what is configured, whether it would take a job now, and logging in.
 
 use std::time::Duration;
 
-use bridge_backend::{BackendError, ErrorKind, Fault};
+use bridge_backend::{BackendError, ErrorKind, Fault, Login};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
@@ -12,6 +12,7 @@ use super::output::{Table, or_dash};
 use crate::config::{BackendEntry, Config};
 use crate::domain::id::BackendName;
 use crate::http::WhoseMove;
+use crate::logins;
 use crate::registry::Registry;
 use crate::telemetry::Chain;
 
@@ -42,6 +43,12 @@ enum BackendsCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Log in to a backend that wants a person to agree
+    Login {
+        /// The backend
+        #[arg(value_name = "NAME")]
+        name: String,
+    },
 }
 
 /// One line of `backends list`.
@@ -66,8 +73,8 @@ struct CheckRow {
 /// What a check found.
 #[derive(Debug)]
 pub(super) enum Checked {
-    /// It would take a job.
-    Well,
+    /// It would take a job; this is the login it does that with, if it has one.
+    Well(Option<Login>),
     /// It would not, and this is why.
     Unwell { exit: Exit, whose_move: WhoseMove, detail: String },
 }
@@ -83,6 +90,9 @@ impl BackendsArgs {
         match self.command {
             BackendsCommand::List { json } => list(context, &config, json),
             BackendsCommand::Check { names, json } => check(context, &config, &names, json).await,
+            BackendsCommand::Login { name } => {
+                super::backends_login::run(context, &config, &name).await
+            }
         }
     }
 }
@@ -124,21 +134,18 @@ async fn check(
     names: &[String],
     json: bool,
 ) -> anyhow::Result<Exit> {
-    let missing = names.iter().find(|name| !config.backends.keys().any(|key| key.0 == **name));
-    if let Some(missing) = missing {
-        let there: Vec<&str> = config.backends.keys().map(|name| name.0.as_str()).collect();
-        let hint = match there.as_slice() {
-            [] => "there are no backends; add [backends.NAME]".to_owned(),
-            there => format!("there are: {}", there.join(", ")),
-        };
-        let what = format!("find the backend {missing:?}");
-        return Err(Failure::new(Exit::NotFound, what).hint(hint).into());
+    for name in names {
+        find(config, name)?;
     }
     let (mut rows, mut worst) = (Vec::new(), Exit::Done);
     let wanted = |name: &BackendName| names.is_empty() || names.contains(&name.0);
     for (name, entry) in config.backends.iter().filter(|(name, _entry)| wanted(name)) {
-        let (result, whose_move, detail) = match check_one(&context.registry, entry).await {
-            Checked::Well => ("ok", WhoseMove::Nobody, String::new()),
+        let (result, whose_move, detail) = match check_one(&context.registry, name, entry).await {
+            Checked::Well(Some(login)) if login.ends_soon => {
+                ("warn", WhoseMove::Operator, logins::ends_soon(name, &login))
+            }
+            Checked::Well(Some(login)) => ("ok", WhoseMove::Nobody, describe(&login)),
+            Checked::Well(None) => ("ok", WhoseMove::Nobody, String::new()),
             Checked::Unwell { exit, whose_move, detail } => {
                 worst = worst.max(exit);
                 ("fail", whose_move, detail)
@@ -163,8 +170,36 @@ async fn check(
     Ok(worst)
 }
 
+/// Finds a backend by its name.
+pub(super) fn find<'a>(
+    config: &'a Config,
+    wanted: &str,
+) -> Result<(&'a BackendName, &'a BackendEntry), Failure> {
+    if let Some(found) = config.backends.iter().find(|(name, _entry)| name.0 == wanted) {
+        return Ok(found);
+    }
+    let there: Vec<&str> = config.backends.keys().map(|name| name.0.as_str()).collect();
+    let hint = match there.as_slice() {
+        [] => "there are no backends; add [backends.NAME]".to_owned(),
+        there => format!("there are: {}", there.join(", ")),
+    };
+    Err(Failure::new(Exit::NotFound, format!("find the backend {wanted:?}")).hint(hint))
+}
+
+/// Says whose login it is and how long it lasts.
+pub(super) fn describe(login: &Login) -> String {
+    match login.left {
+        Some(left) => format!("{}; the login ends in {}", login.who, logins::roughly(left)),
+        None => login.who.clone(),
+    }
+}
+
 /// Opens a backend and asks it.
-pub(super) async fn check_one(registry: &Registry, entry: &BackendEntry) -> Checked {
+pub(super) async fn check_one(
+    registry: &Registry,
+    name: &BackendName,
+    entry: &BackendEntry,
+) -> Checked {
     let backend = match registry.open(entry) {
         Ok(backend) => backend,
         Err(error) => {
@@ -176,11 +211,11 @@ pub(super) async fn check_one(registry: &Registry, entry: &BackendEntry) -> Chec
         }
     };
     match tokio::time::timeout(PATIENCE, backend.check()).await {
-        Ok(Ok(())) => Checked::Well,
+        Ok(Ok(())) => Checked::Well(backend.login()),
         Ok(Err(error)) => Checked::Unwell {
             exit: Exit::Backend,
             whose_move: whose_move(&error),
-            detail: Chain(&error).to_string(),
+            detail: format!("{}{}", Chain(&error), logins::cure(name, &error)),
         },
         Err(_elapsed) => Checked::Unwell {
             exit: Exit::Backend,
@@ -191,6 +226,9 @@ pub(super) async fn check_one(registry: &Registry, entry: &BackendEntry) -> Chec
 }
 
 fn whose_move(error: &BackendError) -> WhoseMove {
+    if error.remedy().is_some() {
+        return WhoseMove::Operator;
+    }
     match error.kind() {
         ErrorKind::Transient => WhoseMove::Site,
         ErrorKind::Rejected(Fault::Job) => WhoseMove::Author,

@@ -14,7 +14,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 use tokio_util::task::TaskTracker;
 
-use super::backends::{Checked, check_one};
+use super::backends::{Checked, check_one, describe};
 use super::exit::{Exit, gitlab_exit};
 use super::output::Table;
 use super::serve::{KEY_LOST, key_file_hint};
@@ -22,6 +22,7 @@ use super::{Context, client, runners};
 use crate::config::{self, Config, Runner};
 use crate::gitlab::{self, VerifyReply};
 use crate::http::WhoseMove;
+use crate::logins;
 use crate::store::{self, Keyring, Store, Wanted};
 use crate::telemetry::Chain;
 
@@ -147,8 +148,14 @@ async fn examine(context: &Context) -> Vec<Finding> {
     }
     for (name, entry) in &config.backends {
         let finding = Finding::ok("backend", &name.0, format!("kind {}", entry.kind));
-        findings.push(match check_one(&context.registry, entry).await {
-            Checked::Well => finding,
+        findings.push(match check_one(&context.registry, name, entry).await {
+            Checked::Well(Some(login)) if login.ends_soon => {
+                finding.warn(WhoseMove::Operator, logins::ends_soon(name, &login))
+            }
+            Checked::Well(Some(login)) => {
+                Finding { detail: format!("{}; {}", finding.detail, describe(&login)), ..finding }
+            }
+            Checked::Well(None) => finding,
             Checked::Unwell { exit, whose_move, detail } => finding.fail(exit, whose_move, detail),
         });
     }

@@ -4,6 +4,7 @@
 //! here, as a chain and a hint, and become the exit codes of [`exit::Exit`].
 
 pub mod backends;
+mod backends_login;
 mod config_file;
 pub mod db;
 pub mod doctor;
@@ -73,7 +74,7 @@ enum Command {
     Register(Box<register::RegisterArgs>),
     /// Create, list, verify, change and remove runners
     Runners(runners::RunnersArgs),
-    /// List or check backends
+    /// List, check and log in to backends
     Backends(backends::BackendsArgs),
     /// Look for everything that could keep jobs from running
     Doctor(doctor::DoctorArgs),

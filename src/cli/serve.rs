@@ -1,8 +1,10 @@
 //! `bridge serve`: the daemon.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bridge_backend::Backend;
 use clap::Args;
 use futures_util::future::BoxFuture;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -13,9 +15,10 @@ use crate::cli::exit::{Exit, Failure};
 use crate::config;
 use crate::config::Config;
 use crate::daemon::{Daemon, Labels, StartError};
-use crate::domain::id::RunnerName;
+use crate::domain::id::{BackendName, RunnerName};
 use crate::gitlab::Secret;
 use crate::http::{self, HealthSource, Pages, Problem, WhoseMove};
+use crate::logins::Logins;
 use crate::rotation::Rotation;
 use crate::store::{KeyFileError, LockError, OpenError, Store};
 use crate::telemetry::{self, BuildInfo, Chain, JobCount, Metrics, Snapshot};
@@ -29,6 +32,7 @@ struct Health {
     conditions: crate::agent::Conditions,
     labels: Labels,
     metrics: Arc<Metrics>,
+    logins: Logins,
 }
 
 impl HealthSource for Health {
@@ -50,8 +54,13 @@ impl HealthSource for Health {
                     whose_move: WhoseMove::Operator,
                 });
             }
+            problems.extend(self.logins.troubles().into_iter().map(by_operator));
             problems
         })
+    }
+
+    fn warnings(&self) -> BoxFuture<'_, Vec<Problem>> {
+        Box::pin(async { self.logins.warnings().into_iter().map(by_operator).collect() })
     }
 
     fn snapshot(&self) -> BoxFuture<'_, Snapshot> {
@@ -74,6 +83,10 @@ impl HealthSource for Health {
             Snapshot { jobs, unsent_bytes }
         })
     }
+}
+
+fn by_operator(what: String) -> Problem {
+    Problem { what, whose_move: WhoseMove::Operator }
 }
 
 /// The signals that the daemon listens to.
@@ -139,10 +152,12 @@ impl ServeArgs {
         };
         check_backends(&daemon).await;
         let configs = rotate(&daemon, context, changed)?;
+        let (logins, worlds) = look_after_logins(&daemon);
         if let Some(address) = &daemon.config().listen_address {
             let bound = http::bind(address).await?;
             tracing::info!(address = %bound.address(), "metrics and health are served");
-            let pages = Pages { metrics: Arc::clone(daemon.metrics()), source: health(&daemon) };
+            let pages =
+                Pages { metrics: Arc::clone(daemon.metrics()), source: health(&daemon, logins) };
             let stop = daemon.shutdown().clone();
             daemon.tracker().spawn(async move {
                 if let Err(error) = bound.serve(pages, stop).await {
@@ -170,6 +185,7 @@ impl ServeArgs {
                     notify(&[sd_notify::NotifyState::Reloading]);
                     reload(&daemon, context).await;
                     configs.send_replace(daemon.config());
+                    worlds.send_replace(daemon.backends());
                     notify(&[sd_notify::NotifyState::Ready]);
                 }
                 Told::Token(runner, token) => {
@@ -210,6 +226,18 @@ fn rotate(
     let stop = daemon.shutdown().clone();
     daemon.tracker().spawn(async move { rotation.run(watched, changed, stop).await });
     Ok(configs)
+}
+
+/// Has the logins at backends looked after; what is returned tells of new backends.
+fn look_after_logins(
+    daemon: &Daemon,
+) -> (Logins, watch::Sender<BTreeMap<BackendName, Arc<dyn Backend>>>) {
+    let (worlds, watched) = watch::channel(daemon.backends());
+    let logins = Logins::default();
+    let (mine, metrics) = (logins.clone(), Arc::clone(daemon.metrics()));
+    let stop = daemon.shutdown().clone();
+    daemon.tracker().spawn(async move { mine.run(watched, metrics, stop).await });
+    (logins, worlds)
 }
 
 fn notify(states: &[sd_notify::NotifyState<'_>]) {
@@ -331,11 +359,12 @@ async fn reload(daemon: &Daemon, context: &Context) {
     }
 }
 
-fn health(daemon: &Daemon) -> Arc<dyn HealthSource> {
+fn health(daemon: &Daemon, logins: Logins) -> Arc<dyn HealthSource> {
     Arc::new(Health {
         store: daemon.store().clone(),
         conditions: daemon.conditions().clone(),
         labels: daemon.labels().clone(),
         metrics: Arc::clone(daemon.metrics()),
+        logins,
     })
 }

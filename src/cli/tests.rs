@@ -26,8 +26,8 @@ fn refusing(
 
 fn registry() -> Registry {
     Registry::default()
-        .with(bridge_backend::Driver { kind: "local", open: refusing })
-        .with(bridge_backend::Driver { kind: "slurm", open: refusing })
+        .with(bridge_backend::Driver { kind: "local", open: refusing, login: None })
+        .with(bridge_backend::Driver { kind: "slurm", open: refusing, login: None })
 }
 
 /// A directory for a configuration and a GitLab to talk to.
@@ -548,6 +548,74 @@ async fn backends_are_listed_and_checked() {
     error: cannot find the backend "nowhere"
     hint: there are: far, here
     "#);
+}
+
+fn agreeing(table: toml::Table, invite: bridge_backend::Invite) -> bridge_backend::LoggingIn {
+    use bridge_backend::{BackendError, Fault, Invitation, Login, LoginError, OpenError, Remedy};
+    Box::pin(async move {
+        match table.get("mood").and_then(toml::Value::as_str) {
+            Some("wrong") => return Err(LoginError::Settings(OpenError::Config("no `vo`".into()))),
+            Some("away") => {
+                let error = BackendError::new(bridge_backend::ErrorKind::Transient, "reach it");
+                return Err(error.with_source("connection refused").into());
+            }
+            Some("stern") => {
+                let kind = bridge_backend::ErrorKind::Rejected(Fault::Site);
+                return Err(BackendError::new(kind, "let you in").into());
+            }
+            Some(_) | None => {}
+        }
+        let lives = std::time::Duration::from_secs(600);
+        invite(Invitation { address: "https://grid/x?c=AB".into(), code: "AB".into(), lives });
+        Ok(Login {
+            who: "robot, VO v".into(),
+            left: Some(std::time::Duration::from_secs(5 * 3_600)),
+            ends_soon: true,
+            remedy: Remedy::Login,
+        })
+    })
+}
+
+#[tokio::test]
+async fn a_login_invites_and_says_until_when_and_fails_with_its_own_code() {
+    let mut bench = Bench::new().await;
+    bench.context.registry = Registry::default()
+        .with(bridge_backend::Driver { kind: "local", open: refusing, login: None })
+        .with(bridge_backend::Driver { kind: "grid", open: refusing, login: Some(agreeing) });
+    let mut text =
+        "[backends.here]\nkind = \"local\"\n[backends.grid]\nkind = \"grid\"\n".to_owned();
+    for mood in ["wrong", "away", "stern"] {
+        text += &format!("[backends.{mood}]\nkind = \"grid\"\nmood = \"{mood}\"\n");
+    }
+    bench.write("config.toml", &text);
+    assert_eq!(bench.run("backends login grid").await.unwrap(), Exit::Done);
+    let out = bench.out();
+    assert!(
+        out.starts_with("Open https://grid/x?c=AB\nand agree; the code there must be AB.\n"),
+        "{out}"
+    );
+    assert!(
+        out.contains("\nLogged in as robot, VO v until ") && out.contains("(for 5 hours)"),
+        "{out}"
+    );
+    let notes = bench.context.output.kept_notes();
+    assert!(
+        notes.contains("warning: the login ends in 5 hours and nothing prolongs it"),
+        "{notes}"
+    );
+    for (line, code) in [
+        ("backends login here", Exit::Usage),
+        ("backends login nowhere", Exit::NotFound),
+        ("backends login wrong", Exit::Configuration),
+        ("backends login away", Exit::Backend),
+        ("backends login stern", Exit::Backend),
+    ] {
+        let (exit, text) = bench.fails(line).await;
+        assert_eq!(exit, code, "{text}");
+        insta::allow_duplicates! { insta::with_settings!({snapshot_suffix => line.replace(' ', "_")}, {
+            insta::assert_snapshot!(text);
+        }); }
+    }
 }
 
 /// The findings of `doctor --json`, by check and subject.

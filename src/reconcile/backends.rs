@@ -230,7 +230,7 @@ impl Inner {
                     Ok(found) => {
                         found.get(token).cloned().map_or(News::Absent { asked }, News::Found)
                     }
-                    Err(error) => News::Unasked(Chain(error).to_string()),
+                    Err(error) => News::Unasked(Chain(error).to_string(), error.remedy().is_some()),
                 };
                 self.tell(*id, news, now);
             }

@@ -16,7 +16,7 @@ use crate::reconcile::backends::TRANSFER_LIMIT;
 use crate::reconcile::desk::{Desk, Prepared};
 use crate::reconcile::report::Heard;
 use crate::reconcile::stage::{Sink, Stage, Stopped, Until, WANTED, concluded};
-use crate::reconcile::{Flow, News, Step, StepError, leftovers};
+use crate::reconcile::{FOR_OPERATOR, Flow, News, Step, StepError, leftovers};
 use crate::store::CancelBy;
 use crate::telemetry::Chain;
 use crate::trace::{Section, Style};
@@ -26,6 +26,9 @@ pub(in crate::reconcile) const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// How long a daemon that stops waits for the answer to a submission that carries files.
 const LAST_WORD: Duration = Duration::from_secs(10);
+
+/// The most time between two tries of a job that waits for the operator: he looks whether it helped.
+const MENDED: Duration = Duration::from_secs(15);
 
 impl Step<'_> {
     /// Makes a received job ready and hands it over.
@@ -269,6 +272,9 @@ impl Step<'_> {
             },
         };
         self.job.failures = self.job.failures.saturating_add(1);
+        if error.remedy().is_some() {
+            return self.wait_for_operator(why).await;
+        }
         self.job.waits_for = Some(why.clone());
         // Longer than five minutes would silence the job for longer than GitLab bears.
         let wait = wait.map(|wait| wait.min(Duration::from_secs(300)));
@@ -320,10 +326,31 @@ impl Step<'_> {
         }
     }
 
+    /// Has the job wait until the operator has acted; its author is told, once.
+    async fn wait_for_operator(&mut self, why: String) -> Result<Flow, StepError> {
+        let now = self.now();
+        self.job.due_at = policy::after(now, policy::back_off(self.job.failures).min(MENDED));
+        if self.job.waits_for.as_deref() != Some(FOR_OPERATOR) {
+            let text = format!(
+                "The runner cannot use the backend {} now, and its operator must act. \
+                 The job waits for that; nothing of it is lost.",
+                self.job.backend
+            );
+            self.remark(Style::Warning, &text).await?;
+            self.job.waits_for = Some(FOR_OPERATOR.to_owned());
+            self.r.store.note(&self.job, "waits_for_operator", now, Some(why)).await?;
+        }
+        self.keep_in_touch().await
+    }
+
     /// Notes that the backend has the job, by the answer to `submit` or by `find`.
     async fn accepted(&mut self, id: ExternalId) -> Result<Flow, StepError> {
         let now = self.now();
-        let text = format!("Submitted to {} as job {id}.", self.job.backend);
+        let again = match self.job.waits_for.as_deref() {
+            Some(FOR_OPERATOR) => "The runner can use the backend again; the job goes on.\n",
+            Some(_) | None => "",
+        };
+        let text = format!("{again}Submitted to {} as job {id}.", self.job.backend);
         if let Err(error) = self.remark(Style::Plain, &text).await {
             // The id is worth more than a line about it.
             tracing::warn!(job = %self.job.id, error = %Chain(&error), "the trace misses a line");
@@ -350,11 +377,18 @@ impl Step<'_> {
         let asked = match self.news.take() {
             Some(News::Found(id)) => return self.accepted(id).await,
             Some(News::Absent { asked }) => asked,
-            Some(News::Unasked(why)) => {
+            Some(News::Unasked(why, for_operator)) => {
+                if self.job.cancel_requested_at.is_some() && self.job.attempted_at.is_none() {
+                    // No submission is in doubt, so nobody needs to be asked.
+                    return self.conclude(Cause::CancelledEarly).await;
+                }
                 if timed_out {
                     return self.deadline(false).await;
                 }
                 self.job.failures = self.job.failures.saturating_add(1);
+                if for_operator {
+                    return self.wait_for_operator(why).await;
+                }
                 self.job.due_at = policy::after(now, policy::back_off(self.job.failures));
                 let first = self.job.waits_for.as_deref() != Some(why.as_str());
                 self.job.waits_for = Some(why.clone());

@@ -178,12 +178,15 @@ pub(in crate::reconcile) enum News {
     Found(ExternalId),
     /// `find` did not have it when it was asked.
     Absent { asked: Timestamp },
-    /// `find` could not be asked.
-    Unasked(String),
+    /// `find` could not be asked, and why; whether the operator must act first.
+    Unasked(String, bool),
 }
 
 /// The most time between two sweeps.
 const SWEEP_MOST: Duration = Duration::from_secs(1);
+
+/// What a job waits for whose backend wants the operator to act first.
+pub(in crate::reconcile) const FOR_OPERATOR: &str = "the runner's operator";
 
 /// Plans kept in memory; a job that finds its plan gone makes it again.
 const PREPARED_MOST: usize = 256;
@@ -578,6 +581,9 @@ impl Inner {
             // its place would make old news of it new.
             let news = if matches!(job.state, JobState::Submitted | JobState::Running) {
                 job.failures == 1
+            } else if job.waits_for.as_deref() == Some(FOR_OPERATOR) {
+                // That is still so, and was said.
+                false
             } else {
                 job.waits_for.replace(why.clone()).is_none_or(|before| before != why)
             };

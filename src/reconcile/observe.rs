@@ -85,7 +85,7 @@ impl Step<'_> {
                 }
                 Some(_since) => {}
             },
-            Some(News::Found(_) | News::Absent { .. } | News::Unasked(_)) | None => {}
+            Some(News::Found(_) | News::Absent { .. } | News::Unasked(..)) | None => {}
         }
         if self.job.ended_at.is_none() && now >= self.job.deadline_at {
             if self.job.cancel_requested_at.is_none() {
@@ -264,8 +264,11 @@ impl Step<'_> {
         if let Some(ended) = ended {
             let patience =
                 if trouble.is_some() { policy::LOG_TROUBLE_GRACE } else { policy::LOG_GRACE };
+            // What the operator can mend is not lost yet, as long as GitLab's time is not up.
+            let mendable = matches!(&trouble, Some(StepError::Backend { source, .. })
+                if source.remedy().is_some() && now < self.job.deadline_at);
             // A log that still grows is not late, however long it is.
-            let late = !grew && policy::since(now, ended) >= patience;
+            let late = !grew && !mendable && policy::since(now, ended) >= patience;
             if self.job.log_ended || late {
                 // The verdict's lines become durable together with the log's last ones.
                 return self.conclude_ended(!self.job.log_ended).await;

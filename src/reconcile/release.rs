@@ -42,7 +42,7 @@ impl Step<'_> {
                 | Observation::Unclear { .. },
             ))
             | None => {}
-            Some(news @ (News::Found(_) | News::Absent { .. } | News::Unasked(_))) => {
+            Some(news @ (News::Found(_) | News::Absent { .. } | News::Unasked(..))) => {
                 doubt = Some(news);
             }
         }
@@ -105,7 +105,7 @@ impl Step<'_> {
             Some(News::Absent { .. }) => {
                 self.job.due_at = settles.max(policy::after(now, LOOK_AGAIN));
             }
-            Some(News::Unasked(_why)) => {
+            Some(News::Unasked(..)) => {
                 self.job.failures = self.job.failures.saturating_add(1);
                 self.job.due_at = policy::after(now, policy::back_off(self.job.failures));
             }

@@ -206,6 +206,8 @@ pub struct Metrics {
     confirm_lag: Histograms<BackendLabels>,
     transactions: Counter,
     illegal_transitions: Counter,
+    login_good: Family<BackendLabels, Gauge>,
+    login_left: Family<BackendLabels, Gauge>,
 }
 
 impl Metrics {
@@ -233,6 +235,8 @@ impl Metrics {
             confirm_lag: Family::new_with_constructor(Buckets(&LAG_SECONDS)),
             transactions: Counter::default(),
             illegal_transitions: Counter::default(),
+            login_good: Family::default(),
+            login_left: Family::default(),
             registry,
         };
         for level in ["error", "warning"] {
@@ -291,6 +295,16 @@ impl Metrics {
             "Events that could not happen to a job in its state",
             self.illegal_transitions.clone(),
         );
+        r.register(
+            "bridge_backend_login_good",
+            "1 when a backend with a login takes jobs with it, 0 when its operator must act",
+            self.login_good.clone(),
+        );
+        r.register(
+            "bridge_backend_login_left_seconds",
+            "Time until the login at a backend ends unless somebody renews it",
+            self.login_left.clone(),
+        );
         self
     }
 
@@ -303,6 +317,20 @@ impl Metrics {
             // Present from the start, so that rates and alerts have a zero to begin with.
             drop(self.jobs.get_or_create(&runner.labels));
             drop(self.request_concurrency.get_or_create(&runner.labels));
+        }
+    }
+
+    /// Notes how the logins at backends stand: name, whether good, time left where known.
+    pub fn set_logins<'a>(&self, logins: impl Iterator<Item = (&'a str, bool, Option<Duration>)>) {
+        self.login_good.clear();
+        self.login_left.clear();
+        for (backend, good, left) in logins {
+            let labels = BackendLabels { backend: backend.to_owned() };
+            self.login_good.get_or_create(&labels).set(i64::from(good));
+            if let Some(left) = left {
+                let left = i64::try_from(left.as_secs()).unwrap_or(i64::MAX);
+                self.login_left.get_or_create(&labels).set(left);
+            }
         }
     }
 

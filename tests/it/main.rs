@@ -15,6 +15,7 @@ mod cli;
 mod crash;
 mod exec;
 mod grid;
+mod grid_login;
 mod grid_outage;
 mod grid_size;
 mod input;

@@ -15,6 +15,7 @@ pub struct BackendError {
     kind: ErrorKind,
     context: Cow<'static, str>,
     retry_after: Option<Duration>,
+    remedy: Option<Remedy>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
@@ -42,10 +43,19 @@ pub enum Fault {
     Site,
 }
 
+/// What the operator must do before anything can go on; until then all jobs wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Remedy {
+    /// Log in again: [`Driver::login`](crate::Driver::login) mends it.
+    Login,
+    /// What the error says.
+    Other,
+}
+
 impl BackendError {
     /// Makes an error of this kind; `context` fits after "cannot".
     pub fn new(kind: ErrorKind, context: impl Into<Cow<'static, str>>) -> Self {
-        Self { kind, context: context.into(), retry_after: None, source: None }
+        Self { kind, context: context.into(), retry_after: None, remedy: None, source: None }
     }
 
     /// Adds the cause.
@@ -63,6 +73,18 @@ impl BackendError {
     pub fn with_retry_after(mut self, wait: Duration) -> Self {
         self.retry_after = Some(wait);
         self
+    }
+
+    /// Adds that the operator must act before this goes by itself.
+    #[must_use]
+    pub fn with_remedy(mut self, remedy: Remedy) -> Self {
+        self.remedy = Some(remedy);
+        self
+    }
+
+    /// Says what the operator must do; `None` when it goes by itself, or is about one job.
+    pub fn remedy(&self) -> Option<Remedy> {
+        self.remedy
     }
 
     /// Says what it means for the job.

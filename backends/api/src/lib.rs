@@ -32,6 +32,7 @@ mod error;
 #[cfg(feature = "fake")]
 pub mod fake;
 mod job;
+mod login;
 mod observe;
 pub mod result;
 
@@ -43,10 +44,11 @@ use async_trait::async_trait;
 use camino::Utf8Path;
 
 pub use crate::capabilities::{Capabilities, Filesystem, Lookup};
-pub use crate::error::{BackendError, ErrorKind, Fault, OpenError, Result};
+pub use crate::error::{BackendError, ErrorKind, Fault, OpenError, Remedy, Result};
 pub use crate::job::{
     EnvVar, ExternalId, InvalidToken, JobRef, JobSpec, Limits, Pattern, SubmitToken,
 };
+pub use crate::login::{Invitation, Invite, LoggingIn, Login, LoginError};
 pub use crate::observe::{LogChunk, Observation, Outcome, Usage};
 
 /// A system that runs jobs.
@@ -112,6 +114,18 @@ pub trait Backend: fmt::Debug + Send + Sync + 'static {
     ///
     /// `Transient` to be called again.
     async fn release(&self, job: &JobRef) -> Result<()>;
+
+    /// Says whether this backend wants a login at all.
+    fn has_login(&self) -> bool {
+        false
+    }
+
+    /// Says how the login stands that was last used; nobody is asked for it.
+    ///
+    /// `None` when this backend has none, or none was needed yet.
+    fn login(&self) -> Option<Login> {
+        None
+    }
 }
 
 /// The code for one kind of backend; every backend crate exports one as `DRIVER`.
@@ -121,6 +135,10 @@ pub struct Driver {
     pub kind: &'static str,
     /// Opens a backend from its configuration table, `kind` already taken out.
     pub open: fn(toml::Table) -> std::result::Result<Arc<dyn Backend>, OpenError>,
+    /// Has a person log in, for a backend of this table; `None` for a kind without logins.
+    ///
+    /// The future may be dropped; then nobody is logged in.
+    pub login: Option<fn(toml::Table, Invite) -> LoggingIn>,
 }
 
 impl fmt::Debug for Driver {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use jiff::{SignedDuration, Timestamp};
-use reqwest::header::{CONTENT_RANGE, CONTENT_TYPE, DATE, RETRY_AFTER};
+use reqwest::header::{CONTENT_RANGE, CONTENT_TYPE, DATE, ETAG, RETRY_AFTER};
 use reqwest::{Method, RequestBuilder};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::de::DeserializeOwned;
@@ -37,6 +37,8 @@ pub(crate) struct Answer {
     pub(crate) retry_after: Option<Duration>,
     /// How many there are in all, of a list that came in part.
     pub(crate) total: Option<u64>,
+    /// The name of this version of what was asked for.
+    pub(crate) etag: Option<String>,
     what: &'static str,
 }
 
@@ -160,6 +162,7 @@ impl Client {
         };
         let mut response = request.timeout(timeout).send().await.map_err(failed)?;
         let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
+        let etag = header(ETAG).map(str::to_owned);
         let retry_after = header(RETRY_AFTER).and_then(|text| text.trim().parse().ok());
         let total = header(CONTENT_RANGE)
             .and_then(|text| text.rsplit_once('/'))
@@ -179,7 +182,7 @@ impl Client {
             body.extend_from_slice(&piece);
         }
         let retry_after = retry_after.map(Duration::from_secs);
-        Ok(Answer { status, body: body.freeze(), retry_after, total, what })
+        Ok(Answer { status, body: body.freeze(), retry_after, total, etag, what })
     }
 }
 

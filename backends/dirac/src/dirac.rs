@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use bridge_backend::{
     Backend, BackendError, Capabilities, ErrorKind, ExternalId, Fault, Filesystem, JobRef, JobSpec,
-    LogChunk, Lookup, Observation, OpenError, Result, SubmitToken,
+    LogChunk, Login, Lookup, Observation, OpenError, Remedy, Result, SubmitToken,
 };
 use camino::{Utf8Path, Utf8PathBuf};
 use reqwest::{Method, RequestBuilder};
@@ -17,9 +17,11 @@ use serde_json::json;
 
 use crate::client::{Answer, Client};
 use crate::config::Config;
-use crate::failure::{AskError, nonsense, refused, site, transient, unasked};
+use crate::failure::{AskError, nonsense, refused, remedied, site, transient, unasked};
+use crate::known;
+use crate::limits::Judged;
 use crate::pieces::{Kind, Shelf};
-use crate::token::Tokens;
+use crate::token::{self, Tokens};
 
 /// Jobs in one search; the server gives 10000 rows at once.
 const POLL_BATCH: usize = 2_000;
@@ -54,6 +56,7 @@ pub struct Dirac {
     /// Names that were looked for in vain. Whoever submits one of them may be the second to do so.
     missed: Mutex<HashSet<SubmitToken>>,
     capabilities: Capabilities,
+    judged: Judged,
 }
 
 /// What a server says of itself.
@@ -89,7 +92,16 @@ impl Dirac {
         };
         let tokens = Tokens::new(&config, Arc::clone(&client));
         let (shelf, missed) = (Shelf::default(), Mutex::default());
-        Ok(Self { config, client, tokens, shelf, missed, capabilities })
+        let judged = Judged::default();
+        Ok(Self { config, client, tokens, shelf, missed, capabilities, judged })
+    }
+
+    pub(crate) fn judged(&self) -> Option<(String, std::result::Result<(), String>)> {
+        self.judged.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn remember(&self, judged: (String, std::result::Result<(), String>)) {
+        *self.judged.lock().unwrap_or_else(PoisonError::into_inner) = Some(judged);
     }
 
     /// Asks DiracX; a token that is not taken is renewed, and the question asked once more.
@@ -130,15 +142,25 @@ impl Dirac {
 
     async fn check_login(&self, server: &Itself) -> Result<()> {
         let context = "log in to DIRAC";
-        let read = |error: AskError| match &error {
-            AskError::Token(inner) if inner.needs_a_person() => site(context).with_source(error),
-            AskError::Token(_) | AskError::Call(_) => transient(context).with_source(error),
+        let read = |error: AskError| {
+            let remedy = error.remedy();
+            let kind = if remedy.is_some() { site(context) } else { transient(context) };
+            remedied(kind.with_source(error), remedy)
         };
+        // Even where the last token is still good, so that a broken file is known before it is missed.
+        self.tokens.look().await.map_err(|error| read(error.into()))?;
         let token = self.tokens.token().await.map_err(|error| read(error.into()))?;
         let issuer = token.claims.iss.trim_end_matches('/');
         if issuer != server.issuer.trim_end_matches('/') {
             let text = format!("the token is of {issuer}, the server is {}", server.issuer);
-            return Err(site("use the token: it is for another server").with_source(text));
+            let error = site("use the token: it is for another server").with_source(text);
+            return Err(error.with_remedy(Remedy::Login));
+        }
+        let may = &token.claims.dirac_properties;
+        if !may.iter().any(|property| property == "NormalUser") {
+            let context = "run jobs with this token: its group may not (it lacks NormalUser)";
+            let error = site(context).with_remedy(Remedy::Other);
+            return Err(error.with_source(format!("it is of {}", token::who(&token.claims))));
         }
         let answer = self
             .ask("who we are", || self.client.ask(Method::GET, "api/auth/userinfo"))
@@ -146,7 +168,7 @@ impl Dirac {
             .map_err(read)?;
         match answer.status {
             200..=299 => Ok(()),
-            401 | 403 => Err(site(context).with_source(answer.said())),
+            401 | 403 => Err(site(context).with_source(answer.said()).with_remedy(Remedy::Login)),
             _ => Err(refused(context, &answer)),
         }
     }
@@ -289,6 +311,7 @@ impl Backend for Dirac {
 
     async fn check(&self) -> Result<()> {
         let server = self.check_server().await?;
+        known::compare(&known::ask(&self.client, &self.config).await?, &self.config)?;
         self.check_login(&server).await
     }
 
@@ -361,5 +384,12 @@ impl Backend for Dirac {
         }
         self.shelf.forget(id);
         Ok(())
+    }
+    fn has_login(&self) -> bool {
+        true
+    }
+
+    fn login(&self) -> Option<Login> {
+        self.tokens.login()
     }
 }

@@ -31,6 +31,12 @@
 //! The submit token is the job's `JobName`, attached by the call that creates the job. A lost answer is
 //! found again by one search for the name and our own user.
 //!
+//! # Logins
+//!
+//! A login's refresh token is good for one use, and its end is fixed when the person agrees: renewing
+//! does not put it off. `Driver::login` makes a new one, which a running backend takes up by itself.
+//! Without a token that is taken, every call is `Transient` with a remedy, and jobs wait; see [`token`].
+//!
 //! # Run once
 //!
 //! DIRAC reschedules jobs by itself, and the same JDL twice is two jobs. So the helper, before it starts
@@ -55,6 +61,8 @@ mod config;
 mod dirac;
 mod failure;
 mod jdl;
+mod known;
+mod limits;
 mod login;
 mod options;
 mod pieces;
@@ -70,14 +78,17 @@ mod workspace;
 
 use std::sync::Arc;
 
-use bridge_backend::{Backend, Driver, OpenError};
+use bridge_backend::{Backend, Driver, Invite, LoggingIn, OpenError};
 
 pub use crate::dirac::Dirac;
-pub use crate::login::{Invitation, LoginError, login};
 
 /// The driver for `kind = "dirac"`.
-pub const DRIVER: Driver = Driver { kind: "dirac", open };
+pub const DRIVER: Driver = Driver { kind: "dirac", open, login: Some(log_in) };
 
 fn open(table: toml::Table) -> Result<Arc<dyn Backend>, OpenError> {
     Ok(Arc::new(Dirac::open(table)?))
+}
+
+fn log_in(table: toml::Table, invite: Invite) -> LoggingIn {
+    Box::pin(login::login(table, invite))
 }

@@ -62,7 +62,7 @@ use crate::status::Look;
 use crate::submit::{SHELL, Setup};
 
 /// Runs jobs as processes on the submit node.
-pub const DRIVER: Driver = Driver { kind: "local", open };
+pub const DRIVER: Driver = Driver { kind: "local", open, login: None };
 
 /// Jobs per poll. Ten thousand questions take some ten milliseconds.
 const POLL_BATCH: NonZeroUsize = NonZeroUsize::new(10_000).expect("not zero");

@@ -48,7 +48,7 @@ use bridge_backend::{Backend, Driver, OpenError};
 pub use crate::slurm::Slurm;
 
 /// The driver for `kind = "slurm"`.
-pub const DRIVER: Driver = Driver { kind: "slurm", open };
+pub const DRIVER: Driver = Driver { kind: "slurm", open, login: None };
 
 fn open(table: toml::Table) -> Result<Arc<dyn Backend>, OpenError> {
     Ok(Arc::new(Slurm::open(table)?))

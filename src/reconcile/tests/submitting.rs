@@ -3,7 +3,7 @@
 use bridge_backend::fake::{Trouble, Verb};
 use bridge_backend::{ErrorKind, Fault, Lookup, Outcome};
 
-use super::bed::Bed;
+use super::bed::{Bed, Case};
 use super::*;
 use crate::coordinator::{Endpoint, Status};
 
@@ -371,5 +371,69 @@ async fn a_job_cancelled_before_its_first_touch_is_not_submitted() {
     assert_eq!(bed.world.count(Verb::Submit), 0);
     assert_eq!(bed.view(case.ci_job).status, Status::Canceled);
     assert_eq!(bed.gitlab.requests().of(Endpoint::FinalUpdate), 1);
+    bed.assert_well();
+}
+
+/// How often a text stands in a job's trace.
+fn times(bed: &Bed, case: &Case, text: &str) -> usize {
+    bed.view(case.ci_job).trace_text().matches(text).count()
+}
+
+#[tokio::test]
+async fn a_job_waits_for_the_operator_and_its_author_is_told_once() {
+    let bed = Bed::with(settling(5), Tuning::default()).await;
+    bed.world.lock_out(true);
+    let case = bed.take(job("locked out").timeout(secs(4 * 3600))).await;
+    for _ in 0..360 {
+        bed.pass(secs(9));
+        bed.sweep().await;
+        bed.gitlab.advance(secs(10));
+    }
+    let row = bed.row(&case).await;
+    assert_eq!(row.waits_for.as_deref(), Some("the runner's operator"));
+    assert!(!bed.view(case.ci_job).is_finished());
+    assert_eq!(times(&bed, &case, "its operator must act"), 1);
+    bed.world.lock_out(false);
+    bed.until("it is submitted", &case, |job| job.state == JobState::Submitted).await;
+    bed.world.finish(&case.token, Outcome::Exited { code: 0 });
+    bed.home(&case).await;
+    assert_eq!(bed.view(case.ci_job).status, Status::Success);
+    assert_eq!(times(&bed, &case, "its operator must act"), 1);
+    assert_eq!(times(&bed, &case, "can use the backend again"), 1);
+    assert_eq!(bed.world.job(&case.token).unwrap().submissions, 1);
+    bed.assert_well();
+}
+
+#[tokio::test]
+async fn a_job_that_waits_for_the_operator_can_be_cancelled() {
+    let bed = Bed::with(settling(5), Tuning::default()).await;
+    bed.world.lock_out(true);
+    let case = bed.take(job("given up").timeout(secs(4 * 3600))).await;
+    bed.until("it waits", &case, |job| job.waits_for.is_some()).await;
+    bed.gitlab.cancel(case.ci_job);
+    bed.until("it is over", &case, |job| job.state.is_over()).await;
+    assert_eq!(bed.world.jobs().len(), 0);
+}
+
+#[tokio::test]
+async fn a_job_that_ended_waits_with_its_log_for_the_operator() {
+    let bed = Bed::with(settling(5), Tuning::default()).await;
+    let case = bed.running(job("has more to say").timeout(secs(4 * 3600))).await;
+    bed.world.outage(Verb::ReadLog, Some(ErrorKind::Transient));
+    bed.world.append_log(&case.token, "the last word\n");
+    bed.world.finish(&case.token, Outcome::Exited { code: 0 });
+    bed.until("its end is seen", &case, |job| job.ended_at.is_some()).await;
+    bed.world.outage(Verb::ReadLog, None);
+    bed.world.lock_out(true);
+    for _ in 0..200 {
+        bed.pass(secs(9));
+        bed.sweep().await;
+        bed.gitlab.advance(secs(10));
+    }
+    assert!(!bed.view(case.ci_job).is_finished());
+    bed.world.lock_out(false);
+    bed.home(&case).await;
+    assert_eq!(bed.view(case.ci_job).status, Status::Success);
+    assert_eq!(times(&bed, &case, "the last word"), 1);
     bed.assert_well();
 }

@@ -10,7 +10,7 @@ use super::world::{Doubt, Job, State};
 use super::{Call, FakeOptions, FakeWorld, Plan, Trouble, Verb};
 use crate::{
     Backend, BackendError, Capabilities, ErrorKind, ExternalId, Fault, JobRef, JobSpec, LogChunk,
-    Lookup, Observation, Outcome, Result, SubmitToken, Usage,
+    Lookup, Observation, Outcome, Remedy, Result, SubmitToken, Usage,
 };
 
 /// A backend of a [`FakeWorld`]; holds nothing that a restart would miss.
@@ -80,6 +80,10 @@ impl State {
             | Verb::Release => ErrorKind::Transient,
         };
         let lost = || Some(Err(BackendError::new(in_doubt, "hear the other side")));
+        if self.locked_out {
+            let error = BackendError::new(ErrorKind::Transient, "log in: test");
+            return Some(Err(error.with_remedy(Remedy::Login)));
+        }
         let answer = match trouble {
             None => return Some(act(self)),
             Some(Trouble::Fail(kind)) => {
@@ -359,6 +363,10 @@ fn fits(glob: &[u8], path: &[u8]) -> bool {
 impl Backend for FakeBackend {
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn has_login(&self) -> bool {
+        true
     }
 
     async fn check(&self) -> Result<()> {

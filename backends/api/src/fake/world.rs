@@ -27,6 +27,7 @@ pub(super) struct State {
     pub(super) violations: Vec<String>,
     pub(super) troubles: BTreeMap<Verb, VecDeque<Trouble>>,
     pub(super) outages: BTreeMap<Verb, ErrorKind>,
+    pub(super) locked_out: bool,
     pub(super) hide_new: Duration,
     pub(super) last_id: u64,
 }
@@ -92,6 +93,7 @@ impl FakeWorld {
             violations: Vec::new(),
             troubles: BTreeMap::new(),
             outages: BTreeMap::new(),
+            locked_out: false,
             hide_new: Duration::ZERO,
             last_id: 0,
         })))
@@ -200,6 +202,11 @@ impl FakeWorld {
             Some(kind) => state.outages.insert(verb, kind),
             None => state.outages.remove(&verb),
         };
+    }
+
+    /// Has no call have any effect until somebody logs in, or again take effect.
+    pub fn lock_out(&self, locked_out: bool) {
+        self.lock().locked_out = locked_out;
     }
 
     /// Gives every call so far.
