@@ -14,12 +14,12 @@ use tokio_util::task::TaskTracker;
 
 use crate::agent::{Agent, AgentSettings, Conditions, Reservations, Shared};
 use crate::cache::{CacheError, CacheStore};
-use crate::config::{BackendEntry, Config, ImagePolicy, Runner};
+use crate::config::{BackendEntry, Config, ImagePolicy, Runner, SourcesPlace};
 use crate::domain::clock::{Clock, SystemClock};
 use crate::domain::id::{BackendName, JobId, RunnerName};
 use crate::domain::policy;
 use crate::gitlab::{self, Client, ClientOptions, Info, InfoOptions, identity};
-use crate::job::{Containers, Mirrors, RunnerContext, Shell};
+use crate::job::{Containers, FetchedBy, Mirrors, RunnerContext, Shell};
 use crate::reconcile::{self, Reconciler, RunnerEntry, Settings, Watcher, World};
 use crate::registry::{Registry, RegistryError};
 use crate::store::{Job, KeyFileError, Keyring, Lock, LockError, OpenError, Store, StoreError};
@@ -290,6 +290,7 @@ fn caches(config: &Config, runner: &Runner) -> Result<CacheStore, StartError> {
 }
 
 fn context(config: &Config, runner: &Runner, system_id: &str) -> RunnerContext {
+    let backend = config.backends.get(&runner.backend);
     RunnerContext {
         name: runner.name.0.clone(),
         url: runner.url.clone(),
@@ -317,6 +318,10 @@ fn context(config: &Config, runner: &Runner, system_id: &str) -> RunnerContext {
         debug_trace_disabled: runner.debug_trace_disabled,
         runner_feature_flags: runner.feature_flags.clone(),
         login_shell: runner.login_shell,
+        sources: match backend.map(|entry| entry.sources).unwrap_or_default() {
+            SourcesPlace::SubmitNode => FetchedBy::SubmitNode,
+            SourcesPlace::Allocation => FetchedBy::Job,
+        },
         containers: match runner.image {
             ImagePolicy::Ignore => Containers::Ignore,
             ImagePolicy::Refuse => Containers::Refuse,

@@ -128,6 +128,7 @@ mod tests {
             kind: kind.into(),
             max_queued: None,
             poll_interval: None,
+            sources: crate::config::SourcesPlace::SubmitNode,
             table: toml::Table::new(),
         }
     }

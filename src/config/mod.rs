@@ -93,6 +93,16 @@ pub enum ImagePolicy {
     Refuse,
 }
 
+/// Where a backend's jobs get their sources.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SourcesPlace {
+    /// `submit-node`: here, before the job is submitted.
+    #[default]
+    SubmitNode,
+    /// `allocation`: where the job runs, by the job itself.
+    Allocation,
+}
+
 /// One `[backends.NAME]` table.
 #[derive(Clone, PartialEq)]
 pub struct BackendEntry {
@@ -102,6 +112,8 @@ pub struct BackendEntry {
     pub max_queued: Option<usize>,
     /// `poll_interval`: the pause between two polls, where the default does not fit the site.
     pub poll_interval: Option<Duration>,
+    /// `sources`: where jobs get their sources.
+    pub sources: SourcesPlace,
     /// Everything else, for the driver.
     pub table: toml::Table,
 }

@@ -47,7 +47,7 @@ pub use crate::error::{BackendError, ErrorKind, Fault, OpenError, Result};
 pub use crate::job::{
     EnvVar, ExternalId, InvalidToken, JobRef, JobSpec, Limits, Pattern, SubmitToken,
 };
-pub use crate::observe::{LogChunk, Observation, Outcome, Usage};
+pub use crate::observe::{LogChunk, Observation, Outcome, SourcesFailure, Usage};
 
 /// A system that runs jobs.
 #[async_trait]
