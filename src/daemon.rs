@@ -14,12 +14,12 @@ use tokio_util::task::TaskTracker;
 
 use crate::agent::{Agent, AgentSettings, Conditions, Reservations, Shared};
 use crate::cache::{CacheError, CacheStore};
-use crate::config::{BackendEntry, Config, ImagePolicy, Runner};
+use crate::config::{BackendEntry, Config, ImagePolicy, Runner, SourcesPlace};
 use crate::domain::clock::{Clock, SystemClock};
 use crate::domain::id::{BackendName, JobId, RunnerName};
 use crate::domain::policy;
 use crate::gitlab::{self, Client, ClientOptions, Info, InfoOptions, identity};
-use crate::job::{self, Containers, Mirrors, OnBackend, RunnerContext, Shell};
+use crate::job::{self, Containers, FetchedBy, Mirrors, OnBackend, RunnerContext, Shell};
 use crate::reconcile::{self, Reconciler, RunnerEntry, Settings, Watcher, World};
 use crate::registry::{Registry, RegistryError};
 use crate::store::{Job, KeyFileError, Keyring, Lock, LockError, OpenError, Store, StoreError};
@@ -309,9 +309,15 @@ fn on_backend((entry, backend): &(BackendEntry, Arc<dyn Backend>)) -> OnBackend 
     }
 }
 
-fn context(config: &Config, runner: &Runner, system_id: &str, backend: OnBackend) -> RunnerContext {
+fn context(
+    config: &Config,
+    runner: &Runner,
+    system_id: &str,
+    on_backend: OnBackend,
+) -> RunnerContext {
+    let backend = config.backends.get(&runner.backend);
     RunnerContext {
-        backend,
+        backend: on_backend,
         name: runner.name.0.clone(),
         url: runner.url.clone(),
         short_token: identity::short_token(runner.token.expose()),
@@ -338,6 +344,10 @@ fn context(config: &Config, runner: &Runner, system_id: &str, backend: OnBackend
         debug_trace_disabled: runner.debug_trace_disabled,
         runner_feature_flags: runner.feature_flags.clone(),
         login_shell: runner.login_shell,
+        sources: match backend.map(|entry| entry.sources).unwrap_or_default() {
+            SourcesPlace::SubmitNode => FetchedBy::SubmitNode,
+            SourcesPlace::Allocation => FetchedBy::Job,
+        },
         containers: match runner.image {
             ImagePolicy::Ignore => Containers::Ignore,
             ImagePolicy::Refuse => Containers::Refuse,

@@ -146,6 +146,7 @@ mod tests {
             max_queued: None,
             poll_interval: None,
             job_options: None,
+            sources: crate::config::SourcesPlace::SubmitNode,
             table: toml::Table::new(),
         }
     }

@@ -16,7 +16,7 @@ use crate::cli::exec_payload::new_job;
 use crate::cli::exec_view::{JobLine, Mood, View, is_live, summary, write_trace};
 use crate::cli::exit::{Exit, Failure};
 use crate::cli::{exec_artifacts, exec_given, exec_list};
-use crate::config;
+use crate::config::{self, SourcesPlace};
 use crate::coordinator::{Coordinator, JobView, Options, RunnerOptions, Status};
 use crate::daemon::{Daemon, StartError};
 use crate::domain::id::CiJobId;
@@ -181,7 +181,8 @@ impl ExecArgs {
         let checked = self.check_backend(&daemon).await;
         let code = match checked {
             Ok(()) => {
-                let told = Told { pipeline: &pipeline, source: &source, predefined, manual };
+                let note = self.sources_note(context);
+                let told = Told { pipeline: &pipeline, source: &source, predefined, manual, note };
                 self.drive(&told, &coordinator, &daemon).await
             }
             Err(error) => {
@@ -348,6 +349,20 @@ impl ExecArgs {
         matches!(table.get("kind").and_then(toml::Value::as_str), Some("local" | "slurm"))
     }
 
+    /// Says that the folder's files come from this machine, whatever the configuration says: there is no
+    /// server from which the machine of a job could fetch them.
+    fn sources_note(&self, context: &Context) -> Option<&'static str> {
+        let config = context.config_named.then(|| context.incomplete_config().ok()).flatten()?;
+        let entry = config.backends.iter().find(|(name, _)| name.0 == self.backend)?.1;
+        match entry.sources {
+            SourcesPlace::SubmitNode => None,
+            SourcesPlace::Allocation => Some(
+                "`sources = \"allocation\"` has no effect here: the folder's files are not to be had \
+                 from elsewhere, and travel with each job",
+            ),
+        }
+    }
+
     fn backend_table(&self, context: &Context) -> anyhow::Result<toml::Table> {
         if context.config_named {
             let config = context.incomplete_config()?;
@@ -391,6 +406,9 @@ impl ExecArgs {
         let mut view =
             if is_live() { View::live(&names, stderr) } else { View::plain(&names, stderr) };
         for note in pipeline.notes.iter().chain(&source.notes) {
+            view.note(note)?;
+        }
+        if let Some(note) = told.note {
             view.note(note)?;
         }
         let mut run = Run::with_manual(pipeline, &told.manual);
@@ -513,6 +531,8 @@ struct Told<'a> {
     predefined: Vec<pipeline::Variable>,
     /// The manual jobs that were asked for.
     manual: Vec<String>,
+    /// What of the configuration does not hold here.
+    note: Option<&'static str>,
 }
 
 impl Told<'_> {

@@ -93,6 +93,16 @@ pub enum ImagePolicy {
     Refuse,
 }
 
+/// Where a backend's jobs get their sources.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SourcesPlace {
+    /// `submit-node`: here, before the job is submitted.
+    #[default]
+    SubmitNode,
+    /// `allocation`: where the job runs, by the job itself.
+    Allocation,
+}
+
 /// One `[backends.NAME]` table.
 #[derive(Clone, PartialEq)]
 pub struct BackendEntry {
@@ -104,6 +114,8 @@ pub struct BackendEntry {
     pub poll_interval: Option<Duration>,
     /// `job_options`: the options that jobs may choose by variables; all if it is not given.
     pub job_options: Option<Vec<String>>,
+    /// `sources`: where jobs get their sources.
+    pub sources: SourcesPlace,
     /// Everything else, for the driver.
     pub table: toml::Table,
 }

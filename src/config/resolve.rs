@@ -13,7 +13,9 @@ use url::Url;
 use super::error::{ConfigError, Problem};
 use super::file::{DurationText, Environment, FileTable, RunnerTable, nearest, unknown_key};
 use super::secret::{self, ConfigText};
-use super::{BackendEntry, Config, DEFAULT_PORT, ImagePolicy, ListenAddress, LogFormat, Runner};
+use super::{
+    BackendEntry, Config, DEFAULT_PORT, ImagePolicy, ListenAddress, LogFormat, Runner, SourcesPlace,
+};
 use crate::domain::id::{BackendName, RunnerName};
 use crate::gitlab::wire::Secret;
 
@@ -213,7 +215,22 @@ impl<'a> Place<'a> {
                     }
                 },
             };
-            let entry = BackendEntry { kind, max_queued, poll_interval, job_options, table };
+            let sources = match table.remove("sources").as_ref().map(toml::Value::as_str) {
+                None | Some(Some("submit-node")) => SourcesPlace::SubmitNode,
+                Some(Some("allocation")) => SourcesPlace::Allocation,
+                Some(_) => {
+                    let why = "must be \"submit-node\" or \"allocation\"";
+                    return Err(self.value(&span, "sources", why));
+                }
+            };
+            let entry = BackendEntry {
+                kind,
+                max_queued,
+                poll_interval,
+                job_options,
+                sources,
+                table,
+            };
             entries.insert(BackendName(name), entry);
         }
         Ok(entries)

@@ -96,6 +96,7 @@ fn a_small_file_has_every_default() {
         (backend.kind.as_str(), backend.max_queued, backend.poll_interval),
         ("local", None, None)
     );
+    assert_eq!(backend.sources, SourcesPlace::SubmitNode);
     assert!(backend.table.is_empty());
 }
 
@@ -157,6 +158,7 @@ kind = "slurm"
 max_queued = 200
 job_options = ["time"]
 poll_interval = "5s"
+sources = "allocation"
 partition = "ci"
 extra = ["--exclusive"]
 "#
@@ -191,6 +193,7 @@ extra = ["--exclusive"]
     assert_eq!(backend.max_queued, Some(200));
     assert_eq!(backend.job_options.as_deref(), Some(["time".to_owned()].as_slice()));
     assert_eq!(backend.poll_interval, Some(Duration::from_secs(5)));
+    assert_eq!(backend.sources, SourcesPlace::Allocation);
     assert_eq!(backend.table.keys().collect::<Vec<_>>(), ["extra", "partition"]);
 }
 
@@ -237,6 +240,8 @@ fn a_backend_needs_a_kind_and_sane_common_keys() {
     insta::assert_snapshot!(backend("kind = \"slurm\"\nmax_queued = 0"), @"DIR/config.toml:8: `max_queued` must be a number above 0");
     insta::assert_snapshot!(backend("kind = \"slurm\"\njob_options = \"time\""), @r#"DIR/config.toml:8: `job_options` must be a list of texts as in ["time", "mem"]"#);
     insta::assert_snapshot!(backend("kind = \"slurm\"\npoll_interval = 5"), @r#"DIR/config.toml:8: `poll_interval` must be a text as in "5s""#);
+    insta::assert_snapshot!(backend("kind = \"slurm\"\nsources = \"worker\""), @r#"DIR/config.toml:8: `sources` must be "submit-node" or "allocation""#);
+    insta::assert_snapshot!(backend("kind = \"slurm\"\nsources = true"), @r#"DIR/config.toml:8: `sources` must be "submit-node" or "allocation""#);
 }
 
 #[test]

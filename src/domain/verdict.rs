@@ -1,6 +1,6 @@
 //! Outcome → verdict → what GitLab is told: one table.
 
-use bridge_backend::{Fault, Outcome};
+use bridge_backend::{Fault, Outcome, SourcesFailure};
 use serde::{Deserialize, Serialize};
 
 /// Why a job failed, in GitLab's words (`failure_reason`).
@@ -137,6 +137,17 @@ pub enum Cause {
     CancelledEarly,
 }
 
+impl From<SourcesFailure> for Cause {
+    fn from(failure: SourcesFailure) -> Self {
+        let stage = "get_sources".to_owned();
+        match failure {
+            SourcesFailure::Exited { code } => Self::StageFailed { stage, exit_code: code },
+            SourcesFailure::TimedOut => Self::StageTimedOut { stage },
+            SourcesFailure::Broken { detail } => Self::StageBroken { stage, detail },
+        }
+    }
+}
+
 impl Verdict {
     fn failed(reason: FailureReason, exit_code: Option<i32>, explanation: String) -> Self {
         Self { failure: Some(reason), exit_code, explanation: Some(explanation), cancelled: false }
@@ -160,6 +171,7 @@ impl Verdict {
                     // canceled anyway, and an operator's late cancel must not paint green red.
                     Outcome::Exited { .. }
                     | Outcome::ScriptTimedOut
+                    | Outcome::SourcesFailed { .. }
                     | Outcome::OutOfMemory
                     | Outcome::NodeFailed => false,
                 },
@@ -282,6 +294,8 @@ impl Verdict {
                 None,
                 "the script took longer than RUNNER_SCRIPT_TIMEOUT".into(),
             ),
+            // The same verdict as for sources that the submit node fetches.
+            Outcome::SourcesFailed { failure } => Self::of(&failure.clone().into(), None),
             Outcome::OutOfMemory => Self::failed(
                 R::ScriptFailure,
                 Some(137),
@@ -352,11 +366,19 @@ mod tests {
     fn every_cause_has_its_row() {
         let exited = |code| Cause::Ended(Outcome::Exited { code });
         let ended = Cause::Ended;
+        let sources = |failure| Cause::Ended(Outcome::SourcesFailed { failure });
         let rows: Vec<(Cause, Option<&str>, Option<i32>)> = vec![
             (exited(0), None, None),
             (exited(3), Some("script_failure"), Some(3)),
             (ended(Outcome::TimedOut), Some("job_execution_timeout"), None),
             (ended(Outcome::ScriptTimedOut), Some("job_execution_timeout"), None),
+            (sources(SourcesFailure::Exited { code: 128 }), Some("script_failure"), Some(128)),
+            (sources(SourcesFailure::TimedOut), Some("job_execution_timeout"), None),
+            (
+                sources(SourcesFailure::Broken { detail: "x".into() }),
+                Some("runner_system_failure"),
+                None,
+            ),
             (ended(Outcome::OutOfMemory), Some("script_failure"), Some(137)),
             (ended(Outcome::Cancelled { by: None }), Some("runner_interrupted"), None),
             (ended(Outcome::Preempted), Some("runner_interrupted"), None),

@@ -382,8 +382,8 @@ impl Plan {
     }
 
     async fn extract(&self, archive: Archive, out: &mut (dyn Output + Send)) -> Result<(), String> {
-        hands::make_dir(&self.project_dir).await.map_err(|error| error.to_string())?;
-        let into = self.project_dir.clone();
+        hands::make_dir(&self.restore_dir).await.map_err(|error| error.to_string())?;
+        let into = self.restore_dir.clone();
         let unpacked =
             blocking(move |stop| archive::unpack(&archive.file, &into, &Bounds::default(), stop))
                 .await?;
@@ -407,7 +407,7 @@ impl Plan {
                 continue;
             }
             out.remark(Tone::Notice, &format!("Removing {}", shown(path)));
-            let removed = hands::remove_within(&self.project_dir, &below).await;
+            let removed = hands::remove_within(&self.restore_dir, &below).await;
             if let Err(error) = removed {
                 out.remark(Tone::Warning, &shown(&error.to_string()));
             }

@@ -217,9 +217,9 @@ impl Plan {
     async fn unpack(&self, path: &Utf8Path, out: Out<'_>) -> Result<(), StageError> {
         let broken = StageError::broken(STAGE);
         let file = hands::open(path).await.map_err(&broken)?;
-        hands::make_dir(&self.project_dir).await.map_err(&broken)?;
+        hands::make_dir(&self.restore_dir).await.map_err(&broken)?;
         let stop = Stop::default();
-        let (root, flag) = (self.project_dir.clone(), stop.flag());
+        let (root, flag) = (self.restore_dir.clone(), stop.flag());
         let unpacked =
             blocking(STAGE, move || archive::unpack(&file, &root, &Bounds::default(), &flag))
                 .await?

@@ -9,7 +9,8 @@
 //! ([`Plan::get_sources`]). Compute nodes often have no way out, git burns no core-hours there, and
 //! GitLab is reached from one place; artifacts of earlier jobs too ([`Plan::download_artifacts`]). *In
 //! the batch job*: the steps and `after_script`, in the script of [`Plan::spec`]. *On the submit node
-//! again*, afterwards: artifacts ([`Plan::pack_artifact`]), [`Plan::cleanup`].
+//! again*, afterwards: artifacts ([`Plan::pack_artifact`]), [`Plan::cleanup`]. An operator may have
+//! sources fetched in the batch job ([`FetchedBy::Job`], `sources/allocation.rs`).
 //!
 //! # Pure and impure
 //!
@@ -84,6 +85,16 @@ pub enum Containers {
     Refuse,
 }
 
+/// Who fetches a job's sources.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FetchedBy {
+    /// The submit node, before the job is handed over.
+    #[default]
+    SubmitNode,
+    /// The job's own script, where it runs.
+    Job,
+}
+
 /// What a job needs to know of the runner that took it.
 #[derive(Clone)]
 pub struct RunnerContext {
@@ -133,6 +144,8 @@ pub struct RunnerContext {
     pub debug_trace_disabled: bool,
     /// What becomes of a job that asks for containers.
     pub containers: Containers,
+    /// Who fetches sources.
+    pub sources: FetchedBy,
     /// Feature flags of the configuration; they outrank a job's.
     pub runner_feature_flags: BTreeMap<String, bool>,
     /// What its backend makes of jobs.
@@ -326,6 +339,9 @@ pub struct Plan {
     repository: Option<Repository>,
     hooks: sources::Hooks,
     get_sources_timeout: Duration,
+    fetching: Option<sources::Fetching>,
+    /// Where caches and artifacts of earlier jobs are unpacked.
+    restore_dir: Utf8PathBuf,
     transfers: artifacts::Transfers,
     caches: cache::Caches,
     git_started: AtomicU32,
@@ -396,19 +412,45 @@ pub fn plan_at(
     let docker_auth_config = variables.content("DOCKER_AUTH_CONFIG");
     let (registries, complaint) = Registries::of(docker_auth_config, &payload.credentials);
     warnings.extend(complaint);
+    let by_job = runner.sources == FetchedBy::Job && settings.git_strategy.uses_git();
+    let worker = by_job.then(|| sources::on_the_worker(runner, &temp_dir));
     let repository = if settings.git_strategy.uses_git() {
+        let runner = worker.as_ref().unwrap_or(runner);
         Some(Repository::of(payload, runner, &settings, &variables)?)
     } else {
         None
     };
+    let names: Vec<&str> = environment.vars.iter().map(|var| var.name.as_str()).collect();
+    let hooks = sources::Hooks::of(payload, runner);
+    let fetching = repository.as_ref().zip(worker.as_ref()).map(|(repository, runner)| {
+        let limit = runner.get_sources_timeout.filter(|limit| !limit.is_zero());
+        sources::Order {
+            repository,
+            settings: &settings,
+            hooks: &hooks,
+            runner,
+            names: &names,
+            project_dir: &project_dir,
+            temp_dir: &temp_dir,
+            limit,
+        }
+        .fetching()
+    });
+    if by_job && settings.flag("FF_USE_GIT_NATIVE_CLONE") {
+        warnings.push(
+            "FF_USE_GIT_NATIVE_CLONE has no effect where jobs fetch their sources themselves"
+                .into(),
+        );
+    }
     let script = Source {
         payload,
         runner,
         settings: &settings,
         variables: &variables,
-        names: environment.vars.iter().map(|var| var.name.as_str()).collect(),
+        names,
         project_dir: &project_dir,
         temp_dir: &temp_dir,
+        fetching: fetching.as_ref(),
     }
     .render();
     let timeout = Duration::from_secs(payload.timeout_secs());
@@ -425,7 +467,9 @@ pub fn plan_at(
         env: environment.vars,
         files: environment.files,
         repository,
-        hooks: sources::Hooks::of(payload, runner),
+        hooks,
+        restore_dir: if by_job { sources::restored(&temp_dir) } else { project_dir.clone() },
+        fetching,
         caches,
         get_sources_timeout: runner
             .get_sources_timeout
@@ -448,6 +492,7 @@ impl Plan {
             .env
             .iter()
             .map(|var| EnvVar { name: format!("{CARRIER}{}", var.name), value: var.value.clone() })
+            .chain(self.fetching.iter().flat_map(sources::Fetching::environment))
             .collect();
         JobSpec {
             label: self.label.clone(),

@@ -18,6 +18,7 @@ use camino::Utf8Path;
 
 use super::outputs::TRAVELLING_ENV;
 use super::settings::Settings;
+use super::sources::Fetching;
 use super::variables::{CARRIER, Variables};
 use super::{RunnerContext, Shell};
 use crate::gitlab::wire::JobPayload;
@@ -50,6 +51,8 @@ pub(super) struct Source<'a> {
     pub(super) names: Vec<&'a str>,
     pub(super) project_dir: &'a Utf8Path,
     pub(super) temp_dir: &'a Utf8Path,
+    /// The sources, where the job fetches them itself.
+    pub(super) fetching: Option<&'a Fetching>,
 }
 
 impl Source<'_> {
@@ -63,6 +66,9 @@ impl Source<'_> {
             .replace("@SECTIONS@", if self.sections() { "1" } else { "" })
             .replace("@PROJECT@", &quoted(self.project_dir.as_str()))
             .replace("'@PROLOGUE@'", &quoted(&self.prologue()));
+        if let Some(fetching) = self.fetching {
+            get_sources(&mut script, fetching);
+        }
         self.main_steps(&mut script);
         self.after_script(&mut script);
         if self.runner.backend.sandbox {
@@ -192,6 +198,53 @@ impl Source<'_> {
             checks: self.settings.flag("FF_ENABLE_BASH_EXIT_CODE_CHECK"),
         }
     }
+}
+
+/// Writes the stage that fetches the sources. It is no step: it does not see the job's variables, and
+/// when it fails neither steps nor `after_script` begin.
+fn get_sources(script: &mut String, fetching: &Fetching) {
+    let names: Vec<String> = fetching.names().collect();
+    script.push_str("_b_kept=$_b_prologue _b_prologue=:\n");
+    if let Some(limit) = fetching.limit {
+        push(script, format_args!("_b_arm {}", whole_seconds(limit)));
+    }
+    push(
+        script,
+        format_args!(
+            "_b_step get_sources 'Getting source from Git repository' {}\n\
+             _b_disarm\n\
+             _b_prologue=$_b_kept",
+            quoted(&fetching.body)
+        ),
+    );
+    if !names.is_empty() {
+        push(script, format_args!("unset {}", names.join(" ")));
+    }
+    push(
+        script,
+        format_args!(
+            "if [ -n \"$_b_stopped\" ] || [ \"$_b_code\" -ne 0 ]; then\n\
+             _b_status=$_b_code _b_result=get_sources\n\
+             case $_b_stopped in\n\
+             signal)\n\
+             _b_status=143\n\
+             if [ -e \"$_b_dir/{CANCELLED_FILE}\" ]; then\n\
+             _b_warn 'fetching the sources was stopped: the job was cancelled or its time was up'\n\
+             else\n\
+             _b_warn \"the batch system told the job to end ($_b_signalled): its time limit, or it had to make room\"\n\
+             fi ;;\n\
+             time) _b_status=124 _b_result=get_sources_timed_out ;;\n\
+             *)\n\
+             if [ -s {broken} ]; then\n\
+             _b_result=get_sources_broken\n\
+             read -r _b_detail <{broken}\n\
+             fi ;;\n\
+             esac\n\
+             _b_finish\n\
+             fi",
+            broken = quoted(fetching.broken.as_str()),
+        ),
+    );
 }
 
 /// How commands are written into a body.

@@ -31,6 +31,7 @@ pub(super) fn runner() -> RunnerContext {
         get_sources_timeout: None,
         debug_trace_disabled: false,
         containers: Containers::Ignore,
+        sources: FetchedBy::SubmitNode,
         runner_feature_flags: BTreeMap::new(),
         backend: OnBackend::default(),
     }

@@ -13,7 +13,7 @@ if [ ! -d "$_b_dir" ]; then
 fi
 # What the shell says of its children's ends is not the job's output.
 exec 8>&2 2>/dev/null
-_b_status=0 _b_result=script _b_signalled='' _b_stopped='' _b_pid='' _b_watch='' _b_setsid=''
+_b_status=0 _b_result=script _b_detail='' _b_signalled='' _b_stopped='' _b_pid='' _b_watch='' _b_setsid=''
 if [ -n "${BASH_VERSION-}" ]; then
   set -m
 elif command -v setsid >/dev/null 2>&1; then
@@ -42,6 +42,7 @@ _b_finish() {
     printf 'exit_code=%s\nstep=%s\n' "$_b_status" "$_b_result"
     [ -z "$_b_len" ] || printf 'log_len=%s\n' "${_b_len##* }"
     [ -z "$_b_signalled" ] || printf 'signalled=%s\n' "$_b_signalled"
+    [ -z "$_b_detail" ] || printf 'detail=%s\n' "$_b_detail"
   } >"$_b_dir/@RESULT@.new" && mv -f "$_b_dir/@RESULT@.new" "$_b_dir/@RESULT@"
   exit "$_b_status"
 }

@@ -176,10 +176,10 @@ impl Step<'_> {
         plan: &Plan,
         desk: Desk,
     ) -> Result<(Desk, Result<(), Stopped>), StepError> {
-        let sources = Stage {
-            section: Some((Section::new("get_sources"), "Getting source from Git repository")),
-            until: Until::Cancelled,
-        };
+        // Where the job fetches them itself, its own log has the section.
+        let section = (Section::new("get_sources"), "Getting source from Git repository");
+        let sources =
+            Stage { section: (!plan.fetches_itself()).then_some(section), until: Until::Cancelled };
         let sink = Sink::default();
         let mut out = sink.clone();
         let work = Box::pin(async move { plan.get_sources(&mut out).await });

@@ -48,6 +48,7 @@ pub(in crate::reconcile) fn may_leave_something(cause: &Cause, started: bool) ->
             Outcome::Exited { .. }
             | Outcome::TimedOut
             | Outcome::ScriptTimedOut
+            | Outcome::SourcesFailed { .. }
             | Outcome::OutOfMemory
             | Outcome::NodeFailed => true,
             Outcome::Cancelled { .. } | Outcome::Preempted | Outcome::SystemFailed { .. } => {

@@ -425,6 +425,8 @@ impl Step<'_> {
                     let timeout = policy::since(self.job.deadline_at, self.job.received_at);
                     Cause::TimeLimit { timeout_secs: timeout.as_secs() }
                 }
+                // From here on it is as if the submit node had not got them.
+                Outcome::SourcesFailed { failure } => failure.into(),
                 other @ (Outcome::Exited { .. }
                 | Outcome::ScriptTimedOut
                 | Outcome::OutOfMemory
@@ -502,6 +504,7 @@ fn never_ran(outcome: &Outcome) -> bool {
         Outcome::Exited { .. }
         | Outcome::TimedOut
         | Outcome::ScriptTimedOut
+        | Outcome::SourcesFailed { .. }
         | Outcome::OutOfMemory
         | Outcome::Preempted
         | Outcome::NodeFailed => false,

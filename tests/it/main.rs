@@ -9,6 +9,7 @@
     reason = "helpers of tests fail as tests do"
 )]
 
+mod allocation;
 mod ancestor;
 mod cancel;
 mod cli;

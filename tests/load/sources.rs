@@ -137,6 +137,7 @@ fn context(root: &Utf8PathBuf, url: &str) -> RunnerContext {
         tls_key_file: None,
         custom_build_dir: false,
         containers: bridge::job::Containers::Ignore,
+        sources: bridge::job::FetchedBy::SubmitNode,
         mirrors: None,
         get_sources_timeout: None,
         debug_trace_disabled: false,

@@ -49,7 +49,7 @@ pub use crate::job::{
     EnvVar, ExternalId, InvalidToken, JobRef, JobSpec, Limits, Pattern, SubmitToken,
 };
 pub use crate::login::{Invitation, Invite, LoggingIn, Login, LoginError};
-pub use crate::observe::{LogChunk, Observation, Outcome, Usage};
+pub use crate::observe::{LogChunk, Observation, Outcome, SourcesFailure, Usage};
 
 /// A system that runs jobs.
 #[async_trait]

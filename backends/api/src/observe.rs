@@ -51,6 +51,12 @@ pub enum Outcome {
     /// The job's script reported that its own limit for the user's script ended that
     /// ([`crate::result::Step::ScriptTimedOut`]).
     ScriptTimedOut,
+    /// The job's script was to fetch the sources itself and could not; its steps never began
+    /// ([`crate::result::Step::GetSources`] and its kin).
+    SourcesFailed {
+        /// How it went.
+        failure: SourcesFailure,
+    },
     /// The memory limit ended it.
     OutOfMemory,
     /// Somebody cancelled it.
@@ -65,6 +71,24 @@ pub enum Outcome {
     /// The other side failed it for reasons of its own.
     SystemFailed {
         /// Its words.
+        detail: String,
+    },
+}
+
+/// Why a job's script could not fetch the sources.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "failure", rename_all = "snake_case")]
+pub enum SourcesFailure {
+    /// A command ended with an exit code.
+    Exited {
+        /// Its exit status; a signal counts as 128 + its number.
+        code: i32,
+    },
+    /// It took longer than it may.
+    TimedOut,
+    /// The machine could not do it, whatever the job asks for.
+    Broken {
+        /// Why, in one line.
         detail: String,
     },
 }

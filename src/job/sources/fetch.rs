@@ -45,7 +45,7 @@ impl Plan {
     }
 
     /// Leaves an empty folder where no repository is: with what may lie in it, but without `.git`.
-    async fn make_room(&self) -> Stage {
+    pub(super) async fn make_room(&self) -> Stage {
         let broken = StageError::broken(GET_SOURCES);
         if !hands::is_dir(&self.project_dir).await.map_err(&broken)? {
             hands::remove(&self.project_dir).await.map_err(&broken)?;

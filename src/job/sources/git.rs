@@ -62,7 +62,7 @@ pub(super) const REMOTE_AND_FILE: &str = "http:https:ssh:git:file";
 pub(super) const FILE: &str = "file";
 
 /// Neither the service account's keys nor its settings, which ssh would look up by user id, not HOME.
-const SSH: &str = "ssh -F /dev/null -o BatchMode=yes -o IdentitiesOnly=yes -o IdentityAgent=none \
+pub(super) const SSH: &str = "ssh -F /dev/null -o BatchMode=yes -o IdentitiesOnly=yes -o IdentityAgent=none \
                    -o IdentityFile=/dev/null";
 
 impl<'a> Git<'a> {

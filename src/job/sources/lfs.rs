@@ -14,7 +14,7 @@ const ATTRIBUTES_MOST: u64 = 1024 * 1024;
 pub(super) const INDEX_MOST: u64 = 4 * 1024 * 1024 * 1024;
 
 /// Git LFS without its setup on this machine.
-const SETTINGS: [&str; 4] = [
+pub(super) const SETTINGS: [&str; 4] = [
     "filter.lfs.clean=git-lfs clean -- %f",
     "filter.lfs.smudge=git-lfs smudge -- %f",
     "filter.lfs.process=git-lfs filter-process",

@@ -10,6 +10,7 @@
 //!
 //! The caller opens and closes the trace's sections.
 
+mod allocation;
 mod cleanup;
 mod fetch;
 mod flags;
@@ -32,6 +33,7 @@ use super::variables::{CA_FILE, CARRIER};
 use super::{Plan, RunnerContext, Shell, script};
 use crate::gitlab::wire::{JobPayload, Secret};
 
+pub(super) use self::allocation::{Fetching, Order, on_the_worker, restored};
 pub use self::cleanup::release;
 pub(super) use self::repository::Repository;
 
@@ -135,7 +137,8 @@ type Out<'a> = &'a mut (dyn Output + Send);
 type Stage = Result<(), StageError>;
 
 impl Plan {
-    /// Makes the job's directories, its file variables and its sources.
+    /// Makes the job's directories, its file variables and its sources; where the job fetches its
+    /// sources itself, a place for them.
     ///
     /// It starts from whatever it finds, so it can be repeated after a crash.
     ///
@@ -149,6 +152,9 @@ impl Plan {
             self.check_place().await?;
             self.prepare().await.map_err(&broken)?;
             self.note_cleanup().await.map_err(&broken)?;
+            if let (Some(repository), true) = (&self.repository, self.fetches_itself()) {
+                return self.prepare_allocation(repository, out).await;
+            }
             self.attempts(out).await
         };
         match tokio::time::timeout(self.get_sources_timeout, work).await {

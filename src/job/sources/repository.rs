@@ -184,7 +184,7 @@ fn config_text(sha256: bool, core: &str, extensions: &str, remote: &str) -> Stri
 }
 
 /// Quotes a value for a configuration file.
-fn in_config(value: &str) -> String {
+pub(super) fn in_config(value: &str) -> String {
     let escaped = value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
     format!("\"{escaped}\"")
 }

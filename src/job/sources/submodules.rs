@@ -254,7 +254,7 @@ fn with_paths<'a>(args: &[&'a str], paths: &'a [String]) -> Vec<&'a str> {
     args
 }
 
-fn announcement(recursive: bool, depth: i64) -> String {
+pub(super) fn announcement(recursive: bool, depth: i64) -> String {
     let how = if recursive { " recursively" } else { "" };
     match depth {
         1.. => format!("Updating submodules{how} with git depth set to {depth}..."),

@@ -23,7 +23,7 @@ fn add(dir: &Utf8Path, name: &str, path: &str, url: &str, sha: &str) {
 }
 
 /// `tracker` has `geometry` at `lib/geometry`, which has `field` at `field`; all of one server.
-async fn nested(served: &Served) {
+pub(super) async fn nested(served: &Served) {
     let field = served.repository("field");
     let sha = served.publish("hep/field", &field).await;
     let geometry = served.repository("geometry");

@@ -173,6 +173,7 @@ impl Scene {
             get_sources_timeout: None,
             debug_trace_disabled: false,
             containers: Containers::Ignore,
+            sources: crate::job::FetchedBy::SubmitNode,
             runner_feature_flags: BTreeMap::new(),
             backend: OnBackend {
                 sandbox: self.world.open().capabilities().filesystem == Filesystem::Sandbox,

@@ -11,7 +11,7 @@ fn row(state: &str, reason: &str) -> Row {
 }
 
 fn result(exit_code: i32, signalled: bool) -> JobResult {
-    JobResult { exit_code, step: Step::Script, log_len: None, signalled }
+    JobResult { exit_code, step: Step::Script, log_len: None, signalled, detail: None }
 }
 
 fn notes(result: Option<JobResult>) -> Notes {
