@@ -81,6 +81,13 @@ pub(crate) struct Nonsense {
     source: serde_json::Error,
 }
 
+#[cfg(test)]
+impl Said {
+    pub(crate) fn for_tests(what: &'static str, status: u16, words: &str) -> Self {
+        Self { what, status, words: words.to_owned() }
+    }
+}
+
 impl Client {
     pub(crate) fn new(config: &Config) -> Result<Self, reqwest::Error> {
         let mut builder = reqwest::Client::builder()

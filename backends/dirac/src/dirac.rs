@@ -14,15 +14,24 @@ use camino::{Utf8Path, Utf8PathBuf};
 use reqwest::{Method, RequestBuilder};
 use serde::Deserialize;
 use serde_json::json;
+use tokio::sync::Semaphore;
 
 use crate::client::{Answer, Client};
 use crate::config::Config;
 use crate::failure::{AskError, nonsense, refused, site, transient, unasked};
+use crate::outbox::{AT_ONCE, Outbox};
 use crate::pieces::{Kind, Shelf};
+use crate::sandbox::Uploads;
 use crate::token::Tokens;
 
 /// Jobs in one search; the server gives 10000 rows at once.
 const POLL_BATCH: usize = 2_000;
+
+/// Submissions under way: as many as fill one request while another is under way.
+const IN_LINE: NonZeroUsize = match NonZeroUsize::new(2 * AT_ONCE) {
+    Some(count) => count,
+    None => NonZeroUsize::MIN,
+};
 
 /// Names in one search.
 const FIND_AT_ONCE: usize = 500;
@@ -37,6 +46,10 @@ pub struct Dirac {
     pub(crate) client: Arc<Client>,
     pub(crate) tokens: Tokens,
     pub(crate) shelf: Shelf,
+    pub(crate) outbox: Outbox,
+    /// Submissions that pack and send files.
+    pub(crate) room: Semaphore,
+    pub(crate) uploads: Uploads,
     capabilities: Capabilities,
 }
 
@@ -68,10 +81,20 @@ impl Dirac {
             live_log: true,
             collect: true,
             poll_batch: NonZeroUsize::new(POLL_BATCH).unwrap_or(NonZeroUsize::MIN),
-            max_concurrency: config.max_concurrency,
+            max_concurrency: config.max_concurrency.max(IN_LINE),
         };
         let tokens = Tokens::new(&config, Arc::clone(&client));
-        Ok(Self { config, client, tokens, shelf: Shelf::default(), capabilities })
+        let room = Semaphore::new(config.max_concurrency.get());
+        Ok(Self {
+            config,
+            client,
+            tokens,
+            shelf: Shelf::default(),
+            outbox: Outbox::default(),
+            room,
+            uploads: Uploads::default(),
+            capabilities,
+        })
     }
 
     /// Asks DiracX; a token that is not taken is renewed, and the question asked once more.
@@ -321,8 +344,11 @@ impl Backend for Dirac {
     async fn release(&self, job: &JobRef) -> Result<()> {
         let Some(id) = number(&job.id) else { return Ok(()) };
         // A sandbox of a job of another name is not ours to give up.
-        let rows = self.jobs_of_ids(&[id], &["JobID", "JobName"]).await?;
-        if rows.iter().any(|row| row.name.as_deref() == Some(job.token.as_str())) {
+        let ours = self.shelf.is_ours(id, &job.token) || {
+            let rows = self.jobs_of_ids(&[id], &["JobID", "JobName"]).await?;
+            rows.iter().any(|row| row.name.as_deref() == Some(job.token.as_str()))
+        };
+        if ours {
             self.unlink(id).await?;
         }
         self.shelf.forget(id);

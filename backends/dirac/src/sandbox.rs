@@ -1,7 +1,9 @@
 //! The store of sandboxes: into it under the name of its content, and out of it.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read as _};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use bridge_backend::{BackendError, ErrorKind, Fault, Result};
@@ -13,6 +15,7 @@ use serde::Deserialize;
 use serde::de::{MapAccess, Visitor};
 use serde_json::json;
 use tokio::io::AsyncWriteExt as _;
+use tokio::sync::Mutex as AsyncMutex;
 use tokio_util::io::ReaderStream;
 use url::Url;
 
@@ -82,6 +85,24 @@ struct Found {
 pub(crate) struct Open {
     head: BytesMut,
     rest: reqwest::Response,
+}
+
+/// Uploads under way, by what is in them.
+#[derive(Debug, Default)]
+pub(crate) struct Uploads(Mutex<HashMap<String, Weak<AsyncMutex<()>>>>);
+
+impl Uploads {
+    /// Gives what to hold while this content is sent.
+    pub(crate) fn of(&self, checksum: &str) -> Arc<AsyncMutex<()>> {
+        let mut under_way = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(same) = under_way.get(checksum).and_then(Weak::upgrade) {
+            return same;
+        }
+        under_way.retain(|_, same| same.strong_count() > 0);
+        let new = Arc::default();
+        under_way.insert(checksum.to_owned(), Arc::downgrade(&new));
+        new
+    }
 }
 
 impl Dirac {
