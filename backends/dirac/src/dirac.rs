@@ -81,6 +81,8 @@ impl Dirac {
             live_log: true,
             collect: true,
             poll_batch: NonZeroUsize::new(POLL_BATCH).unwrap_or(NonZeroUsize::MIN),
+            // Most of it is the way there and back, and a search is a small thing.
+            poll_rest: 10,
             max_concurrency: config.max_concurrency.max(IN_LINE),
         };
         let tokens = Tokens::new(&config, Arc::clone(&client));

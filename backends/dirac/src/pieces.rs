@@ -93,7 +93,9 @@ impl Heard {
         // What was cut off may have been a digit.
         let whole = text.len() < LONGEST_REPORT;
         let pieces = number("pieces=").filter(|_| whole);
-        let length = number("log=").filter(|_| whole && ended);
+        // What did not get through may still come by DIRAC's own means.
+        let lost = number("lost=").is_some() || number("log=") < number("log_len=");
+        let length = number("log=").filter(|_| whole && ended && !lost);
         Some(Self { over, pieces: if ended { pieces } else { pieces.or(Some(0)) }, length })
     }
 }
@@ -502,6 +504,9 @@ mod tests {
         assert_eq!(heard("bridge: running on wn1 pieces=12"), (Some(12), None));
         let ended = "bridge: ended exit_code=0 step=script log_len=6 pieces=1 outs=0 log=6";
         assert_eq!(heard(ended), (Some(1), Some(6)));
+        for lossy in [ended.replace("log=6", "log=5"), format!("{ended} lost=9")] {
+            assert_eq!(heard(&lossy), (Some(1), None), "{lossy}");
+        }
         // Of a report that was cut off, no number is believed.
         let long = format!("bridge: ended exit_code=0 {:>202} log=123", "pieces=1");
         assert!(long.len() < LONGEST_REPORT, "{}", long.len());

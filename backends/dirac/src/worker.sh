@@ -305,7 +305,9 @@ finish() { # exit code, step: writes the result unless the job did, and hands in
   { head -c 4096 "$dir/result"; printf '\nlog=%s\npieces=%s\nouts=%s\nwhy=%s\n' "$sent" "$pieces" "$outs" "$why"; } >"$t/$end"
   [ "$whole" -eq "$sent" ] || printf 'lost=%s\n' "$((whole - sent))" >>"$t/$end"
   wrap "$end" && insist "$((_end - $(date +%s) + 1))" hand_in "$t/$end.pack" && told=1
-  report=$(printf 'bridge: ended %s%s pieces=%s outs=%s log=%s' "$lines" "${why:+ why=$why}" "$pieces" "$outs" "$sent" | cut -c1-250)
+  lost=''
+  [ "$whole" -eq "$sent" ] || lost=" lost=$((whole - sent))"
+  report=$(printf 'bridge: ended %s%s pieces=%s outs=%s log=%s%s' "$lines" "${why:+ why=$why}" "$pieces" "$outs" "$sent" "$lost" | cut -c1-250)
   insist "$((_end - $(date +%s) + 1))" tell "$report"
   printf '%s\n' "$report" >"$home/bridge-result.txt"
   # What did not get through may still come home with DIRAC's own output sandbox.
