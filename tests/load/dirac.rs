@@ -128,6 +128,8 @@ impl Proxy {
             .no_proxy()
             .tls_certs_only([])
             .redirect(reqwest::redirect::Policy::none())
+            // A kept connection fails now and then, which would be laid at bridge's door.
+            .pool_max_idle_per_host(0)
             .build()
             .expect("a client");
         let asked = Arc::default();

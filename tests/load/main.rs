@@ -259,13 +259,13 @@ async fn run(args: Args) {
         assert_eq!(job.status, Status::Success, "{job:?}");
         let assigned = job.assigned_at.map_or(f64::NAN, |at| began + at.as_secs_f64());
         let finished = job.finished_at.map_or(f64::NAN, |at| began + at.as_secs_f64());
-        if let Some((submitted, _)) = rows.get(id) {
-            to_submitted.push(submitted - assigned);
+        if let Some(row) = rows.get(id) {
+            to_submitted.push(row.submitted - assigned);
         }
-        if let Some((submitted, Some(there))) = rows.get(id)
+        if let Some(Row { submitted, seen: Some(seen), there: Some(there) }) = rows.get(id)
             && let Some((began, ended)) = told.get(there)
         {
-            parts.add(&[assigned, *submitted, *began, *ended, finished]);
+            parts.add(&[assigned, *submitted, *began, *ended, *seen, finished]);
         }
         if let Ok(text) = std::fs::read_to_string(ends.join(id.to_string()))
             && let Ok(ended) = text.trim().replace(',', ".").parse::<f64>()
@@ -314,11 +314,12 @@ async fn run(args: Args) {
 
 /// Where the time of jobs goes.
 #[derive(Default)]
-struct Parts([Vec<f64>; 4]);
+struct Parts([Vec<f64>; 5]);
 
 impl Parts {
-    /// Notes when GitLab gave a job, when it was submitted, began and ended over there, when GitLab knew.
-    fn add(&mut self, times: &[f64; 5]) {
+    /// Notes when GitLab gave a job, when it was submitted, began and ended over there, when its end was
+    /// seen, and when GitLab knew.
+    fn add(&mut self, times: &[f64; 6]) {
         for (part, pair) in self.0.iter_mut().zip(times.windows(2)) {
             if let [from, to] = pair {
                 part.push(to - from);
@@ -330,13 +331,14 @@ impl Parts {
         let sum = |part: &Vec<f64>| part.iter().sum::<f64>();
         let whole: f64 = self.0.iter().map(sum).sum();
         let share = |part: &Vec<f64>| round(sum(part) / whole * 100.0);
-        let [submitting, waiting, running, reporting] = &self.0;
+        let [submitting, waiting, running, noticing, reporting] = &self.0;
         json!({
-            "bridge_percent": round((sum(submitting) + sum(reporting)) / whole * 100.0),
+            "bridge_percent": round((sum(submitting) + sum(noticing) + sum(reporting)) / whole * 100.0),
             "given_to_submitted": [millis(submitting.clone()), share(submitting)],
             "submitted_to_begun": [millis(waiting.clone()), share(waiting)],
             "begun_to_ended": [millis(running.clone()), share(running)],
-            "ended_to_green": [millis(reporting.clone()), share(reporting)],
+            "ended_to_seen": [millis(noticing.clone()), share(noticing)],
+            "seen_to_green": [millis(reporting.clone()), share(reporting)],
         })
     }
 }
@@ -403,8 +405,17 @@ fn by_verb(metrics: &BTreeMap<String, f64>) -> Value {
         .into()
 }
 
-/// When each job was submitted, and its number there, by GitLab's number.
-fn rows(config: &Path) -> BTreeMap<i64, (f64, Option<u64>)> {
+/// What bridge knows of a job.
+struct Row {
+    submitted: f64,
+    /// When its end was seen.
+    seen: Option<f64>,
+    /// Its number in DIRAC.
+    there: Option<u64>,
+}
+
+/// Gives what bridge knows of its jobs, by GitLab's number.
+fn rows(config: &Path) -> BTreeMap<i64, Row> {
     let output = Command::new(env!("CARGO_BIN_EXE_bridge"))
         .arg("--config")
         .arg(config)
@@ -416,9 +427,13 @@ fn rows(config: &Path) -> BTreeMap<i64, (f64, Option<u64>)> {
         .lines()
         .filter_map(|line| {
             let row: Value = serde_json::from_str(line).ok()?;
-            let at: jiff::Timestamp = row["submitted_at"].as_str()?.parse().ok()?;
+            let time = |key: &str| {
+                let at: jiff::Timestamp = row[key].as_str()?.parse().ok()?;
+                Some(at.as_duration().as_secs_f64())
+            };
             let there = row["external_id"].as_str().and_then(|id| id.parse().ok());
-            Some((row["ci_job"].as_i64()?, (at.as_duration().as_secs_f64(), there)))
+            let (submitted, seen) = (time("submitted_at")?, time("ended_at"));
+            Some((row["ci_job"].as_i64()?, Row { submitted, seen, there }))
         })
         .collect()
 }

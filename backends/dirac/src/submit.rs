@@ -95,7 +95,7 @@ impl Post for Dirac {
         let body = json!(descriptions);
         let make = || {
             sent.store(true, Ordering::Release);
-            with_json(self.client.ask(Method::POST, "api/jobs/jdl"), &body)
+            with_json(self.client.ask_anew(Method::POST, "api/jobs/jdl"), &body)
         };
         let answer = match self.ask("a submission", make).await {
             Ok(answer) => answer,

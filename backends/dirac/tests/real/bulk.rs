@@ -15,8 +15,7 @@ use crate::proxy::{Mischief, Proxy};
 async fn counted(options: &[&str]) -> (Site, Proxy) {
     let bed = Bed::start(options);
     let proxy = Proxy::before(&bed.url).await;
-    // One upload at a time: SQLite under parallel requests fails one now and then.
-    let more = format!("worker_url = '{}'\nmax_concurrency = 1\n{QUICK}", bed.url);
+    let more = format!("worker_url = '{}'\n{QUICK}", bed.url);
     let backend = open(&proxy.url, &bed.token_file(), &more);
     (Site::of(&bed, backend), proxy)
 }
