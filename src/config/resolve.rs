@@ -223,14 +223,8 @@ impl<'a> Place<'a> {
                     return Err(self.value(&span, "sources", why));
                 }
             };
-            let entry = BackendEntry {
-                kind,
-                max_queued,
-                poll_interval,
-                job_options,
-                sources,
-                table,
-            };
+            let entry =
+                BackendEntry { kind, max_queued, poll_interval, job_options, sources, table };
             entries.insert(BackendName(name), entry);
         }
         Ok(entries)

@@ -45,11 +45,12 @@ pub fn touch_interval(jobs: usize) -> Duration {
 /// How long until a backend is polled again, from how long the last poll took and whether jobs moved
 /// within the last half minute.
 ///
-/// Never more than 2 % of the time is spent polling. A backend that answers at once is asked four times
-/// a second while jobs move, which is where the delay between a job's end and GitLab's knowledge of
+/// After a poll the backend is left alone for `rest` times as long as it took: with 50, never more than
+/// 2 % of the time is spent polling. A backend that answers at once is asked four times a second while
+/// jobs move, which is where the delay between a job's end and GitLab's knowledge of
 /// it comes from; an idle one less and less often.
-pub fn poll_interval(took: Duration, active: bool, floor: Option<Duration>) -> Duration {
-    let fair = took.saturating_mul(50);
+pub fn poll_interval(took: Duration, rest: u32, active: bool, floor: Option<Duration>) -> Duration {
+    let fair = took.saturating_mul(rest);
     let least = if active { Duration::from_millis(250) } else { Duration::from_secs(2) };
     let floor = floor.unwrap_or(Duration::ZERO);
     fair.clamp(least, Duration::from_secs(30)).max(floor)
@@ -167,12 +168,14 @@ mod tests {
     }
 
     #[test]
-    fn polling_takes_at_most_a_fiftieth_of_the_time() {
-        let interval = poll_interval(Duration::from_millis(100), true, None);
+    fn polling_takes_at_most_its_share_of_the_time() {
+        let interval = poll_interval(Duration::from_millis(100), 50, true, None);
         assert_eq!(interval, Duration::from_secs(5));
-        let quick = poll_interval(Duration::from_millis(1), true, None);
+        let tenth = poll_interval(Duration::from_millis(100), 10, true, None);
+        assert_eq!(tenth, Duration::from_secs(1));
+        let quick = poll_interval(Duration::from_millis(1), 50, true, None);
         assert_eq!(quick, Duration::from_millis(250));
-        let floor = poll_interval(Duration::ZERO, true, Some(Duration::from_secs(9)));
+        let floor = poll_interval(Duration::ZERO, 50, true, Some(Duration::from_secs(9)));
         assert_eq!(floor, Duration::from_secs(9));
     }
 

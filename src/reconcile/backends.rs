@@ -48,7 +48,7 @@ impl BackendWatch {
     }
 
     /// Tells when the next poll may be.
-    fn next_poll(&self, now: Timestamp, floor: Option<Duration>) -> Timestamp {
+    fn next_poll(&self, now: Timestamp, rest: u32, floor: Option<Duration>) -> Timestamp {
         let Some(polled) = self.polled_at else { return now };
         if polled > now {
             // The clock went back.
@@ -58,7 +58,7 @@ impl BackendWatch {
             return policy::after(polled, policy::back_off(self.failures).max(self.took()));
         }
         let active = self.moved_at.is_some_and(|at| policy::since(now, at) < ACTIVE_FOR);
-        policy::after(polled, policy::poll_interval(self.took(), active, floor))
+        policy::after(polled, policy::poll_interval(self.took(), rest, active, floor))
     }
 }
 
@@ -131,7 +131,8 @@ impl Inner {
         let (poll_at, start) = {
             let mut desk = self.desktop();
             let watch = desk.backends.entry(name.clone()).or_default();
-            let poll_at = watch.next_poll(now, entry.poll_interval);
+            let poll_at =
+                watch.next_poll(now, entry.backend.capabilities().poll_rest, entry.poll_interval);
             let start = !watch.round_under_way && !self.shutdown.is_cancelled();
             watch.round_under_way |= start;
             (poll_at, start)

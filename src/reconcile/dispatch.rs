@@ -75,7 +75,7 @@ impl Step<'_> {
         }
         // A slow clone must not keep the other jobs' news waiting.
         *permit = None;
-        let _worker = match self.wait_for_worker(&prepared).await? {
+        let worker = match self.wait_for_worker(&prepared).await? {
             Ok(worker) => worker,
             Err(stopped) => return self.stopped(stopped).await,
         };
@@ -115,6 +115,8 @@ impl Step<'_> {
         self.r.crash_point("B");
         self.r.store.transition(&mut self.job, Event::Attempted, now, None).await?;
         self.r.crash_point("C");
+        // Ready, it only waits: how many may be submitted at once the backend says.
+        drop(worker);
         self.submit(&spec, &prepared).await
     }
 

@@ -1,6 +1,6 @@
 //! The benchmark: how many jobs a second, how late, how much memory, how many questions.
 //!
-//! `cargo bench --bench load -- --jobs N --backend local|slurm [--queued]`
+//! `cargo bench --bench load -- --jobs N --backend local|slurm|dirac [--queued] [--slots N]`
 //!
 //! Load comes from the coordinator; the daemon is the real program in a process of its own. Prints one
 //! JSON object. With `--queued` the backend is a Slurm whose partition is down, and what is measured is
@@ -11,6 +11,8 @@
     clippy::print_stdout,
     reason = "a benchmark prints, and ends when it cannot go on"
 )]
+
+mod dirac;
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
@@ -29,22 +31,25 @@ struct Args {
     jobs: usize,
     backend: String,
     queued: bool,
+    slots: usize,
 }
 
 fn args() -> Args {
-    let mut args = Args { jobs: 1000, backend: "local".into(), queued: false };
+    let mut args = Args { jobs: 1000, backend: "local".into(), queued: false, slots: 16 };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         match word.as_str() {
             "--jobs" => args.jobs = words.next().and_then(|n| n.parse().ok()).expect("--jobs N"),
-            "--backend" => args.backend = words.next().expect("--backend local|slurm"),
+            "--backend" => args.backend = words.next().expect("--backend local|slurm|dirac"),
+            "--slots" => args.slots = words.next().and_then(|n| n.parse().ok()).expect("--slots N"),
             "--queued" => args.queued = true,
             // cargo's own.
             "--bench" => {}
             other => panic!("unknown option {other}"),
         }
     }
-    assert!(matches!(args.backend.as_str(), "local" | "slurm"), "--backend local|slurm");
+    let known = matches!(args.backend.as_str(), "local" | "slurm" | "dirac");
+    assert!(known, "--backend local|slurm|dirac");
     assert!(!args.queued || args.backend == "slurm", "only a Slurm can keep jobs waiting");
     args
 }
@@ -67,8 +72,15 @@ impl Cluster {
         Self(dir)
     }
 
-    fn conf(&self) -> PathBuf {
-        self.0.path().join("slurm/etc/slurm.conf")
+    /// Gives the backend's table.
+    fn config(&self, queued: bool, dir: &Path) -> String {
+        let conf: PathBuf = self.0.path().join("slurm/etc/slurm.conf");
+        let partition = if queued { "closed" } else { "ci" };
+        format!(
+            "kind = \"slurm\"\nslurm_conf = \"{}\"\npartition = \"{partition}\"\njobs_dir = \"{}/jobs\"",
+            conf.display(),
+            dir.display()
+        )
     }
 }
 
@@ -175,6 +187,10 @@ async fn run(args: Args) {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let path = dir.path();
     let cluster = (args.backend == "slurm").then(Cluster::start);
+    let grid = match args.backend.as_str() {
+        "dirac" => Some(dirac::Grid::start(args.slots).await),
+        _ => None,
+    };
     let mut options = Options { keep_traces: false, ..Options::default() };
     options.knobs.long_poll = None;
     let gitlab = Coordinator::start(options).await.expect("a coordinator");
@@ -184,7 +200,12 @@ async fn run(args: Args) {
     let (config, socket, ends) =
         (path.join("config.toml"), path.join("http.sock"), path.join("ends"));
     std::fs::create_dir(&ends).expect("a folder");
-    write_config(&config, path, &args, cluster.as_ref(), &gitlab.url(), &token, &socket);
+    let backend = match (&cluster, &grid) {
+        (Some(cluster), _) => cluster.config(args.queued, path),
+        (None, Some(grid)) => grid.config(),
+        (None, None) => format!("kind = \"local\"\njobs_dir = \"{}/jobs\"", path.display()),
+    };
+    write_config(&config, path, &args, &backend, &gitlab.url(), &token, &socket);
     let child = Command::new(env!("CARGO_BIN_EXE_bridge"))
         .arg("--config")
         .arg(&config)
@@ -211,21 +232,40 @@ async fn run(args: Args) {
         queued(&args, &gitlab, &daemon, &socket, started).await;
         return;
     }
-    let counts = gitlab
-        .wait_all_finished(Duration::from_secs(3600))
-        .await
-        .unwrap_or_else(|counts| panic!("not all jobs ended: {counts:?}"));
+    let mut memory = Vec::new();
+    let counts = {
+        let mut finished = std::pin::pin!(gitlab.wait_all_finished(Duration::from_secs(3600)));
+        loop {
+            // What is waited for is polled again where it stopped.
+            tokio::select! {
+                counts = &mut finished => break counts,
+                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            }
+            memory.push((gitlab.counts().success, daemon.memory_mib("VmRSS")));
+        }
+    };
+    let counts = counts.unwrap_or_else(|counts| panic!("not all jobs ended: {counts:?}"));
     let took = started.elapsed().as_secs_f64();
     let found = metrics(&socket);
     let rows = rows(&config);
     let (mut to_submitted, mut to_reported) = (Vec::new(), Vec::new());
+    let told = match &grid {
+        Some(grid) => grid.told().await,
+        None => BTreeMap::new(),
+    };
+    let mut parts = Parts::default();
     for id in &ids {
         let Some(job) = gitlab.job(*id) else { continue };
         assert_eq!(job.status, Status::Success, "{job:?}");
         let assigned = job.assigned_at.map_or(f64::NAN, |at| began + at.as_secs_f64());
         let finished = job.finished_at.map_or(f64::NAN, |at| began + at.as_secs_f64());
-        if let Some(submitted) = rows.get(id) {
-            to_submitted.push(submitted - assigned);
+        if let Some(row) = rows.get(id) {
+            to_submitted.push(row.submitted - assigned);
+        }
+        if let Some(Row { submitted, seen: Some(seen), there: Some(there) }) = rows.get(id)
+            && let Some((began, ended)) = told.get(there)
+        {
+            parts.add(&[assigned, *submitted, *began, *ended, *seen, finished]);
         }
         if let Ok(text) = std::fs::read_to_string(ends.join(id.to_string()))
             && let Ok(ended) = text.trim().replace(',', ".").parse::<f64>()
@@ -237,7 +277,7 @@ async fn run(args: Args) {
     let jobs = args.jobs as f64;
     let (own, commands) = daemon.cpu();
     let sweeps = sum(&found, "bridge_sweep_duration_seconds_count", "");
-    let report = json!({
+    let mut report = json!({
         "backend": args.backend,
         "jobs": args.jobs,
         "counts": format!("{counts:?}"),
@@ -246,6 +286,7 @@ async fn run(args: Args) {
         "request_to_submitted": millis(to_submitted),
         "ended_to_reported": millis(to_reported),
         "daemon_peak_mib": round(daemon.memory_mib("VmHWM")),
+        "daemon_rss_mib_after_jobs": memory_after(&memory, args.jobs),
         "daemon_cpu_s_per_job": round4(own / jobs),
         "commands_cpu_s_per_job": round4(commands / jobs),
         "sweeps": sweeps,
@@ -253,8 +294,66 @@ async fn run(args: Args) {
         "backend_calls_by_verb": by_verb(&found),
         "db_transactions_per_job": round(sum(&found, "bridge_store_transactions_total", "") / jobs),
     });
+    if let Some(grid) = &grid {
+        let asked = grid.asked();
+        #[expect(clippy::cast_precision_loss, reason = "a count of requests")]
+        let total = asked.values().sum::<usize>() as f64;
+        let polls = sum(&found, "bridge_backend_calls_total", "verb=\"poll\"");
+        report["dirac"] = json!({
+            "slots": args.slots,
+            "requests": asked,
+            "requests_in_all": total,
+            "requests_per_job": round(total / jobs),
+            "cycles": polls,
+            "parts_of_a_job": parts.report(),
+        });
+    }
     println!("{}", serde_json::to_string_pretty(&report).expect("plain values"));
     gitlab.stop().await;
+}
+
+/// Where the time of jobs goes.
+#[derive(Default)]
+struct Parts([Vec<f64>; 5]);
+
+impl Parts {
+    /// Notes when GitLab gave a job, when it was submitted, began and ended over there, when its end was
+    /// seen, and when GitLab knew.
+    fn add(&mut self, times: &[f64; 6]) {
+        for (part, pair) in self.0.iter_mut().zip(times.windows(2)) {
+            if let [from, to] = pair {
+                part.push(to - from);
+            }
+        }
+    }
+
+    fn report(self) -> Value {
+        let sum = |part: &Vec<f64>| part.iter().sum::<f64>();
+        let whole: f64 = self.0.iter().map(sum).sum();
+        let share = |part: &Vec<f64>| round(sum(part) / whole * 100.0);
+        let [submitting, waiting, running, noticing, reporting] = &self.0;
+        json!({
+            "bridge_percent": round((sum(submitting) + sum(noticing) + sum(reporting)) / whole * 100.0),
+            "given_to_submitted": [millis(submitting.clone()), share(submitting)],
+            "submitted_to_begun": [millis(waiting.clone()), share(waiting)],
+            "begun_to_ended": [millis(running.clone()), share(running)],
+            "ended_to_seen": [millis(noticing.clone()), share(noticing)],
+            "seen_to_green": [millis(reporting.clone()), share(reporting)],
+        })
+    }
+}
+
+/// The daemon's memory after a sixth, a half and all of the jobs.
+fn memory_after(samples: &[(usize, f64)], jobs: usize) -> Value {
+    let after = |count: usize| {
+        let sample = samples.iter().find(|(finished, _)| *finished >= count).or(samples.last());
+        sample.map_or(f64::NAN, |(_, mib)| round(*mib))
+    };
+    [jobs / 6, jobs / 2, jobs]
+        .into_iter()
+        .map(|count| (count.to_string(), json!(after(count))))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
 }
 
 /// What it costs to keep jobs waiting.
@@ -306,8 +405,17 @@ fn by_verb(metrics: &BTreeMap<String, f64>) -> Value {
         .into()
 }
 
-/// When each job was submitted, by GitLab's number.
-fn rows(config: &Path) -> BTreeMap<i64, f64> {
+/// What bridge knows of a job.
+struct Row {
+    submitted: f64,
+    /// When its end was seen.
+    seen: Option<f64>,
+    /// Its number in DIRAC.
+    there: Option<u64>,
+}
+
+/// Gives what bridge knows of its jobs, by GitLab's number.
+fn rows(config: &Path) -> BTreeMap<i64, Row> {
     let output = Command::new(env!("CARGO_BIN_EXE_bridge"))
         .arg("--config")
         .arg(config)
@@ -319,8 +427,13 @@ fn rows(config: &Path) -> BTreeMap<i64, f64> {
         .lines()
         .filter_map(|line| {
             let row: Value = serde_json::from_str(line).ok()?;
-            let at: jiff::Timestamp = row["submitted_at"].as_str()?.parse().ok()?;
-            Some((row["ci_job"].as_i64()?, at.as_duration().as_secs_f64()))
+            let time = |key: &str| {
+                let at: jiff::Timestamp = row[key].as_str()?.parse().ok()?;
+                Some(at.as_duration().as_secs_f64())
+            };
+            let there = row["external_id"].as_str().and_then(|id| id.parse().ok());
+            let (submitted, seen) = (time("submitted_at")?, time("ended_at"));
+            Some((row["ci_job"].as_i64()?, Row { submitted, seen, there }))
         })
         .collect()
 }
@@ -329,29 +442,20 @@ fn write_config(
     config: &Path,
     dir: &Path,
     args: &Args,
-    cluster: Option<&Cluster>,
+    backend: &str,
     url: &str,
     token: &str,
     socket: &Path,
 ) {
     use std::os::unix::fs::OpenOptionsExt as _;
-    let backend = cluster.map_or_else(
-        || "kind = \"local\"".to_owned(),
-        |cluster| {
-            let partition = if args.queued { "closed" } else { "ci" };
-            format!(
-                "kind = \"slurm\"\nslurm_conf = \"{}\"\npartition = \"{partition}\"",
-                cluster.conf().display()
-            )
-        },
-    );
-    let concurrent = if args.queued { args.jobs + 100 } else { 200 };
+    let all = args.queued || args.backend == "dirac";
+    let concurrent = if all { args.jobs + 100 } else { 200 };
     let dir = dir.display();
     let text = format!(
         "state_dir = \"{dir}/state\"\nconcurrent = {concurrent}\ncheck_interval = \"1s\"\n\
          listen_address = \"unix:{}\"\n\n[[runners]]\nname = \"load\"\nurl = \"{url}\"\n\
          token = \"{token}\"\nbackend = \"b\"\nbuilds_dir = \"{dir}/builds\"\n\
-         cache_dir = \"{dir}/cache\"\n\n[backends.b]\n{backend}\njobs_dir = \"{dir}/jobs\"\n",
+         cache_dir = \"{dir}/cache\"\n\n[backends.b]\n{backend}\n",
         socket.display()
     );
     let mut file = std::fs::OpenOptions::new()

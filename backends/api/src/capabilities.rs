@@ -16,6 +16,9 @@ pub struct Capabilities {
     pub collect: bool,
     /// The most jobs one `poll` or `find` takes.
     pub poll_batch: NonZeroUsize,
+    /// How many times as long as a poll took the other side is left alone after it: polling takes this
+    /// part of one of its servers at most.
+    pub poll_rest: u32,
     /// The most calls the other side should see at once from us.
     pub max_concurrency: NonZeroUsize,
     /// Variables by which jobs choose an option, under names that this system's users know already:

@@ -23,6 +23,8 @@ const LONGEST_WORDS: usize = 300;
 #[derive(Debug)]
 pub(crate) struct Client {
     http: reqwest::Client,
+    /// Opens a connection for each request.
+    anew: reqwest::Client,
     base: Url,
     timeout: Duration,
     /// The server's time, and when it said it.
@@ -83,28 +85,23 @@ pub(crate) struct Nonsense {
     source: serde_json::Error,
 }
 
+#[cfg(test)]
+impl Said {
+    pub(crate) fn for_tests(what: &'static str, status: u16, words: &str) -> Self {
+        Self { what, status, words: words.to_owned() }
+    }
+}
+
 impl Client {
     pub(crate) fn new(config: &Config) -> Result<Self, reqwest::Error> {
-        let mut builder = reqwest::Client::builder()
-            .user_agent(concat!("bridge/", env!("CARGO_PKG_VERSION")))
-            .redirect(reqwest::redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .http1_only()
-            .connect_timeout(Duration::from_secs(10))
-            // The server closes idle connections after a while; whoever closes first decides whether
-            // a submission is in doubt.
+        let http = builder(config)
+            // The server closes idle connections after a while.
             .pool_idle_timeout(Duration::from_secs(3))
-            .tcp_nodelay(true);
-        if config.url.scheme() == "http" {
-            // Nothing to verify there; a machine without any certificates must do.
-            builder = builder.tls_certs_only([]);
-        }
-        if matches!(config.url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]")) {
-            builder = builder.no_proxy();
-        }
-        let http = builder.build()?;
+            .build()?;
+        let anew = builder(config).pool_max_idle_per_host(0).build()?;
         Ok(Self {
             http,
+            anew,
             base: config.url.clone(),
             timeout: config.request_timeout,
             clock: Mutex::new(None),
@@ -122,6 +119,13 @@ impl Client {
     pub(crate) fn ask(&self, method: Method, path: &str) -> RequestBuilder {
         let url = self.base.join(path).unwrap_or_else(|_never| self.base.clone());
         self.http.request(method, url)
+    }
+
+    /// Begins a call on a connection of its own: a kept one may be closed by the server in the moment in
+    /// which it is used, and nobody knows then whether the call was heard.
+    pub(crate) fn ask_anew(&self, method: Method, path: &str) -> RequestBuilder {
+        let url = self.base.join(path).unwrap_or_else(|_never| self.base.clone());
+        self.anew.request(method, url)
     }
 
     /// Begins a call to an address that DiracX gave, which says by itself who may.
@@ -215,6 +219,25 @@ impl Answer {
         };
         Said { what: self.what, status: self.status, words }
     }
+}
+
+/// Begins a client; one request is one attempt.
+fn builder(config: &Config) -> reqwest::ClientBuilder {
+    let mut builder = reqwest::Client::builder()
+        .user_agent(concat!("bridge/", env!("CARGO_PKG_VERSION")))
+        .redirect(reqwest::redirect::Policy::none())
+        .retry(reqwest::retry::never())
+        .http1_only()
+        .connect_timeout(Duration::from_secs(10))
+        .tcp_nodelay(true);
+    if config.url.scheme() == "http" {
+        // Nothing to verify there; a machine without any certificates must do.
+        builder = builder.tls_certs_only([]);
+    }
+    if matches!(config.url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]")) {
+        builder = builder.no_proxy();
+    }
+    builder
 }
 
 /// Adds a body of JSON.

@@ -14,13 +14,16 @@ use camino::{Utf8Path, Utf8PathBuf};
 use reqwest::{Method, RequestBuilder};
 use serde::Deserialize;
 use serde_json::json;
+use tokio::sync::Semaphore;
 
 use crate::client::{Answer, Client};
 use crate::config::Config;
 use crate::failure::{AskError, nonsense, refused, remedied, site, transient, unasked};
 use crate::known;
 use crate::limits::Judged;
+use crate::outbox::{AT_ONCE, Outbox};
 use crate::pieces::{Kind, Shelf};
+use crate::sandbox::Uploads;
 use crate::token::{self, Tokens};
 
 /// Jobs in one search; the server gives 10000 rows at once.
@@ -40,6 +43,12 @@ const JOB_VARIABLES: &[(&str, &str)] = &[
     ("DIRAC_TAGS", "tags"),
 ];
 
+/// Submissions under way: as many as fill one request while another is under way.
+const IN_LINE: NonZeroUsize = match NonZeroUsize::new(2 * AT_ONCE) {
+    Some(count) => count,
+    None => NonZeroUsize::MIN,
+};
+
 /// Names in one search.
 const FIND_AT_ONCE: usize = 500;
 
@@ -55,6 +64,10 @@ pub struct Dirac {
     pub(crate) shelf: Shelf,
     /// Names that were looked for in vain. Whoever submits one of them may be the second to do so.
     missed: Mutex<HashSet<SubmitToken>>,
+    pub(crate) outbox: Outbox,
+    /// Submissions that pack and send files.
+    pub(crate) room: Semaphore,
+    pub(crate) uploads: Uploads,
     capabilities: Capabilities,
     judged: Judged,
 }
@@ -87,13 +100,25 @@ impl Dirac {
             live_log: true,
             collect: true,
             poll_batch: NonZeroUsize::new(POLL_BATCH).unwrap_or(NonZeroUsize::MIN),
-            max_concurrency: config.max_concurrency,
+            // Most of it is the way there and back, and a search is a small thing.
+            poll_rest: 10,
+            max_concurrency: config.max_concurrency.max(IN_LINE),
             job_variables: JOB_VARIABLES,
         };
         let tokens = Tokens::new(&config, Arc::clone(&client));
-        let (shelf, missed) = (Shelf::default(), Mutex::default());
-        let judged = Judged::default();
-        Ok(Self { config, client, tokens, shelf, missed, capabilities, judged })
+        let room = Semaphore::new(config.max_concurrency.get());
+        Ok(Self {
+            config,
+            client,
+            tokens,
+            shelf: Shelf::default(),
+            missed: Mutex::default(),
+            outbox: Outbox::default(),
+            room,
+            uploads: Uploads::default(),
+            capabilities,
+            judged: Judged::default(),
+        })
     }
 
     pub(crate) fn judged(&self) -> Option<(String, std::result::Result<(), String>)> {
@@ -378,8 +403,11 @@ impl Backend for Dirac {
     async fn release(&self, job: &JobRef) -> Result<()> {
         let Some(id) = number(&job.id) else { return Ok(()) };
         // A sandbox of a job of another name is not ours to give up.
-        let rows = self.jobs_of_ids(&[id], &["JobID", "JobName"]).await?;
-        if rows.iter().any(|row| row.name.as_deref() == Some(job.token.as_str())) {
+        let ours = self.shelf.is_ours(id, &job.token) || {
+            let rows = self.jobs_of_ids(&[id], &["JobID", "JobName"]).await?;
+            rows.iter().any(|row| row.name.as_deref() == Some(job.token.as_str()))
+        };
+        if ours {
             self.unlink(id).await?;
         }
         self.shelf.forget(id);

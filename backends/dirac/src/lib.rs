@@ -22,7 +22,7 @@
 //! | `cancel_interval` | how often a job looks whether it was killed | 15 s |
 //! | `kill_grace` | from TERM to KILL, so that `after_script` can run | 60 s |
 //! | `max_workspace` | bytes that a workspace may have | 2 GiB |
-//! | `max_concurrency` | requests at once | 4 |
+//! | `max_concurrency` | jobs at once whose files are packed and sent | 4 |
 //!
 //! A job's options are `site`, `banned_sites`, `platform`, `tags`, `cpu_time`, `processors`, `priority`.
 //!
@@ -65,6 +65,7 @@ mod known;
 mod limits;
 mod login;
 mod options;
+mod outbox;
 mod pieces;
 mod poll;
 mod sandbox;

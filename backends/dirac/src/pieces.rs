@@ -4,20 +4,28 @@
 //! pieces of the log, what is brought home, the mark of the end, then DIRAC's own. Each says by the name
 //! in it what it is, and a piece also its offset, so a reader that knows nothing finds its place by
 //! looking at a few. What is known of them is remembered here; all of it can be found again.
+//!
+//! There is no question about the lists of many jobs. So the helper says in its application status how
+//! many pieces it has handed in, which the one search for all jobs brings along: a job that has said
+//! nothing new costs no question. How long its log is it says at its end.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use bridge_backend::{JobRef, LogChunk, Result};
+use bridge_backend::{JobRef, LogChunk, Result, SubmitToken};
 use bytes::{Bytes, BytesMut};
 use tokio::sync::Mutex as AsyncMutex;
 
 use crate::dirac::{Dirac, lost};
+use crate::search::Row;
 
 /// Bytes of logs that are remembered, of all jobs together.
-const BUDGET: usize = 64 << 20;
+const BUDGET: usize = 32 << 20;
+
+/// What nobody asked for in this time is forgotten: its job was released meanwhile.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(3600);
 
 /// What a sandbox of a job is.
 #[derive(Clone, Debug)]
@@ -47,15 +55,57 @@ pub(crate) struct Known {
     pub(crate) slots: Vec<Slot>,
     /// Nothing that matters can be added to the list.
     pub(crate) complete: bool,
+    /// How many pieces the job had told of before the list was asked for.
+    listed: Option<u64>,
     looked: Option<Instant>,
     pause: Duration,
 }
 
-#[derive(Debug, Default)]
+/// What a poll said of a job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Heard {
+    /// It is over.
+    pub(crate) over: bool,
+    /// How many pieces of the log it has handed in; none where it said nothing of itself.
+    pub(crate) pieces: Option<u64>,
+    /// How long the log is, once it is whole.
+    pub(crate) length: Option<u64>,
+}
+
+impl Heard {
+    /// Reads what the helper told, which DIRAC's wrapper may have written over since.
+    pub(crate) fn of(row: &Row, over: bool) -> Self {
+        let last = row.history().iter().rev().map(|line| line.application_status.as_deref());
+        let told = std::iter::once(row.application_status.as_deref()).chain(last);
+        told.flatten()
+            .find_map(|text| Self::told(text, over))
+            .unwrap_or(Self { over, ..Self::default() })
+    }
+
+    fn told(text: &str, over: bool) -> Option<Self> {
+        let ended = text.starts_with("bridge: ended ");
+        if !ended && !text.starts_with("bridge: running on ") {
+            return None;
+        }
+        let number = |key: &str| {
+            text.split_whitespace().find_map(|word| word.strip_prefix(key)?.parse::<u64>().ok())
+        };
+        // What was cut off may have been a digit.
+        let whole = text.len() < LONGEST_REPORT;
+        let pieces = number("pieces=").filter(|_| whole);
+        // What did not get through may still come by DIRAC's own means.
+        let lost = number("lost=").is_some() || number("log=") < number("log_len=");
+        let length = number("log=").filter(|_| whole && ended && !lost);
+        Some(Self { over, pieces: if ended { pieces } else { pieces.or(Some(0)) }, length })
+    }
+}
+
+#[derive(Debug)]
 struct Entry {
     known: Arc<AsyncMutex<Known>>,
-    /// What the last poll said, if there was one.
-    over: Option<bool>,
+    /// What the last poll said, if there was one, and under which name.
+    heard: Option<(SubmitToken, Heard)>,
+    touched: Instant,
 }
 
 /// What is known of all jobs.
@@ -63,25 +113,58 @@ struct Entry {
 pub(crate) struct Shelf {
     entries: Mutex<HashMap<u64, Entry>>,
     kept: AtomicUsize,
+    /// When it was last looked for what nobody asks for.
+    tidied: Mutex<Option<Instant>>,
 }
 
 impl Shelf {
     fn with<T>(&self, id: u64, work: impl FnOnce(&mut Entry) -> T) -> T {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        work(entries.entry(id).or_default())
+        let new = || Entry { known: Arc::default(), heard: None, touched: Instant::now() };
+        let entry = entries.entry(id).or_insert_with(new);
+        entry.touched = Instant::now();
+        work(entry)
     }
 
     pub(crate) fn of(&self, id: u64) -> Arc<AsyncMutex<Known>> {
         self.with(id, |entry| Arc::clone(&entry.known))
     }
 
-    /// Remembers what a poll said.
-    pub(crate) fn polled(&self, id: u64, over: bool) {
-        self.with(id, |entry| entry.over = Some(over));
+    /// Remembers what a poll said of a job of this name.
+    pub(crate) fn polled(&self, id: u64, name: &SubmitToken, heard: Heard) {
+        self.with(id, |entry| entry.heard = Some((name.clone(), heard)));
+        self.tidy(FORGOTTEN_AFTER);
     }
 
-    fn over(&self, id: u64) -> Option<bool> {
-        self.with(id, |entry| entry.over)
+    /// Remembers that a job of this name is not there any more.
+    pub(crate) fn gone(&self, id: u64, name: &SubmitToken) {
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let heard = entries.get_mut(&id).and_then(|entry| entry.heard.as_mut());
+        if let Some((_, heard)) = heard.filter(|(heard_of, _)| heard_of == name) {
+            *heard = Heard { over: true, length: None, ..*heard };
+        }
+    }
+
+    fn heard(&self, id: u64) -> Option<Heard> {
+        self.with(id, |entry| entry.heard.as_ref().map(|(_, heard)| *heard))
+    }
+
+    /// Says whether a poll found the job under this name.
+    pub(crate) fn is_ours(&self, id: u64, name: &SubmitToken) -> bool {
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let heard = entries.get(&id).and_then(|entry| entry.heard.as_ref());
+        heard.is_some_and(|(heard_of, _)| heard_of == name)
+    }
+
+    /// Forgets jobs of which a late poll told after they were released.
+    fn tidy(&self, after: Duration) {
+        let mut tidied = self.tidied.lock().unwrap_or_else(PoisonError::into_inner);
+        if tidied.get_or_insert_with(Instant::now).elapsed() < after {
+            return;
+        }
+        *tidied = Some(Instant::now());
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.retain(|_, entry| entry.touched.elapsed() < after);
     }
 
     /// Forgets a job.
@@ -108,32 +191,63 @@ impl Shelf {
 
 impl Known {
     fn drop_bytes(&mut self) {
-        for slot in &mut self.slots {
-            if let Some(Kind::Log { bytes, .. }) = &mut slot.kind {
+        self.drop_bytes_but(usize::MAX);
+    }
+
+    /// Forgets the bytes of all pieces but one.
+    fn drop_bytes_but(&mut self, kept: usize) {
+        for (at, slot) in self.slots.iter_mut().enumerate() {
+            if let Some(Kind::Log { bytes, .. }) = &mut slot.kind
+                && at != kept
+            {
                 *bytes = None;
             }
         }
     }
 
-    /// Takes over a new list; what is known of its sandboxes stays known. Says whether it is longer.
-    fn take_over(&mut self, list: Vec<String>) -> bool {
-        let grown = list.len() > self.slots.len();
+    /// Takes over a new list; what is known of its sandboxes stays known.
+    pub(crate) fn renew(&mut self, list: Vec<String>) {
         let mut old: HashMap<String, Option<Kind>> =
             self.slots.drain(..).map(|slot| (slot.pfn, slot.kind)).collect();
         self.slots =
             list.into_iter().map(|pfn| Slot { kind: old.remove(&pfn).flatten(), pfn }).collect();
-        grown
     }
 
-    /// Takes over a new list.
-    pub(crate) fn renew(&mut self, list: Vec<String>) {
-        self.take_over(list);
+    /// Says whether the list is to be asked for, of a job that goes on.
+    fn is_due(&mut self, pieces: Option<u64>, slowly: Duration) -> bool {
+        match pieces {
+            Some(pieces) => {
+                // A list that lacks what was told of is asked for again, but not at once.
+                let paused = self.looked.is_none_or(|looked| looked.elapsed() >= LOOK_AGAIN);
+                pieces > 0 && self.listed != Some(pieces) && paused
+            }
+            // It has not begun, or its words were written over: asked less and less.
+            None => {
+                let looked = *self.looked.get_or_insert_with(Instant::now);
+                self.pause = self.pause.max(slowly);
+                let due = looked.elapsed() >= self.pause;
+                if due {
+                    self.pause = (self.pause * 2).min(SLOWEST_LOOK.max(slowly));
+                }
+                due
+            }
+        }
+    }
+
+    /// Notes that the list was asked for after so many pieces were told of.
+    fn looked(&mut self, pieces: Option<u64>) {
+        self.looked = Some(Instant::now());
+        let there = u64::try_from(self.slots.len()).unwrap_or(u64::MAX);
+        self.listed = pieces.filter(|pieces| *pieces <= there);
     }
 
     /// Makes an answer of bytes that were read.
-    fn chunk(&self, from: u64, bytes: Bytes) -> LogChunk {
+    fn chunk(&self, heard: Heard, from: u64, bytes: Bytes) -> LogChunk {
         let last = from + u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-        let end = self.complete && (bytes.is_empty() || last >= self.length());
+        let end = match heard.length {
+            Some(length) => last >= length,
+            None => self.complete && (bytes.is_empty() || last >= self.length()),
+        };
         LogChunk { bytes, end }
     }
 
@@ -187,44 +301,50 @@ impl Dirac {
     ) -> Result<LogChunk> {
         let known = self.shelf.of(id);
         let mut known = known.lock().await;
-        let bytes = self.serve(id, &mut known, from, limit).await?;
-        if bytes.len() >= limit || known.complete {
-            return Ok(known.chunk(from, bytes));
-        }
         // The state is asked first: what an ended job has not handed in by then it never will.
-        let over = match self.shelf.over(id) {
-            Some(over) => over,
-            None => self.is_over(job).await?,
+        let heard = match self.shelf.heard(id) {
+            Some(heard) => heard,
+            None => {
+                let over = self.is_over(job).await?;
+                self.shelf.heard(id).unwrap_or(Heard { over, ..Heard::default() })
+            }
         };
-        if !over && !self.due(&known) {
-            return Ok(known.chunk(from, bytes));
+        if heard.length.is_some_and(|length| from >= length) {
+            return Ok(LogChunk { bytes: Bytes::new(), end: true });
+        }
+        let bytes = self.serve(id, &mut known, heard, from, limit).await?;
+        let chunk = known.chunk(heard, from, bytes);
+        if chunk.bytes.len() >= limit || chunk.end || known.complete {
+            return Ok(chunk);
+        }
+        if !heard.over && !known.is_due(heard.pieces, self.config.log_interval * 3) {
+            return Ok(chunk);
         }
         let Some(list) = self.handed_in(id).await? else { return Err(lost("read the log")) };
-        let grown = known.take_over(list);
-        known.looked = Some(Instant::now());
-        known.pause = if grown {
-            FIRST_LOOK.min(self.config.log_interval)
-        } else {
-            // A silent job is asked less and less.
-            (known.pause * 2)
-                .clamp(FIRST_LOOK.min(self.config.log_interval), self.config.log_interval * 3)
-        };
-        let bytes = self.serve(id, &mut known, from, limit).await?;
-        known.complete |= over;
-        Ok(known.chunk(from, bytes))
-    }
-
-    fn due(&self, known: &Known) -> bool {
-        known.looked.is_none_or(|looked| looked.elapsed() >= known.pause)
+        known.renew(list);
+        known.looked(heard.pieces);
+        let bytes = self.serve(id, &mut known, heard, from, limit).await?;
+        // A log that the job called longer may still be on its way from one server to another.
+        known.complete |= heard.over && heard.length.is_none();
+        Ok(known.chunk(heard, from, bytes))
     }
 
     /// Gives bytes from what is listed, across pieces: who reads may have no use for the last bytes of one
     /// without the first ones of the next.
-    async fn serve(&self, id: u64, known: &mut Known, from: u64, limit: usize) -> Result<Bytes> {
+    async fn serve(
+        &self,
+        id: u64,
+        known: &mut Known,
+        heard: Heard,
+        from: u64,
+        limit: usize,
+    ) -> Result<Bytes> {
         let mut all = BytesMut::new();
         while all.len() < limit {
             let from = from + u64::try_from(all.len()).unwrap_or(u64::MAX);
-            let Some(at) = self.place(id, known, from).await? else { break };
+            let Some(at) = self.place(id, known, heard, from).await? else { break };
+            // A log is read from its beginning to its end.
+            known.drop_bytes_but(at);
             // A piece whose bytes were forgotten is fetched again.
             if let Some(Slot { kind: Some(Kind::Log { bytes: None, .. }), pfn }) =
                 known.slots.get(at)
@@ -252,27 +372,27 @@ impl Dirac {
     }
 
     /// Finds the piece that holds a byte, looking into as few as possible.
-    async fn place(&self, id: u64, known: &mut Known, from: u64) -> Result<Option<usize>> {
-        // How many begin at or before the byte; they come in order.
-        let (mut low, mut high) = (0, known.slots.len());
-        while low < high {
-            let middle = low + (high - low) / 2;
-            self.learn(id, known, middle).await?;
-            let before = match known.slots.get(middle).and_then(|slot| slot.kind.as_ref()) {
-                Some(Kind::Begin) => true,
-                Some(Kind::Log { offset, .. }) => *offset <= from,
-                Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other) | None => false,
-            };
-            if before {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
-        }
+    async fn place(
+        &self,
+        id: u64,
+        known: &mut Known,
+        heard: Heard,
+        from: u64,
+    ) -> Result<Option<usize>> {
         let holds = |slot: &Slot| match &slot.kind {
             Some(Kind::Log { offset, len, .. }) => *offset <= from && from < offset + len,
             Some(Kind::Begin | Kind::Out { .. } | Kind::End { .. } | Kind::Other) | None => false,
         };
+        // After the mark of the start come the pieces of which the job told. It may be wrong.
+        let told = heard.pieces.and_then(|pieces| usize::try_from(pieces).ok()?.checked_add(1));
+        if let Some(told) = told.filter(|told| *told < known.slots.len()) {
+            let low = self.narrow(id, known, told, from).await?;
+            let at = low.checked_sub(1).filter(|at| known.slots.get(*at).is_some_and(holds));
+            if at.is_some() {
+                return Ok(at);
+            }
+        }
+        let low = self.narrow(id, known, known.slots.len(), from).await?;
         let at = low.checked_sub(1).filter(|at| known.slots.get(*at).is_some_and(holds));
         if at.is_some() {
             return Ok(at);
@@ -290,6 +410,26 @@ impl Dirac {
             return Ok(None);
         }
         Ok(known.slots.iter().position(holds))
+    }
+
+    /// Counts how many of the first slots begin at or before a byte; they come in order.
+    async fn narrow(&self, id: u64, known: &mut Known, count: usize, from: u64) -> Result<usize> {
+        let (mut low, mut high) = (0, count);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            self.learn(id, known, middle).await?;
+            let before = match known.slots.get(middle).and_then(|slot| slot.kind.as_ref()) {
+                Some(Kind::Begin) => true,
+                Some(Kind::Log { offset, .. }) => *offset <= from,
+                Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other) | None => false,
+            };
+            if before {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        Ok(low)
     }
 
     /// Looks into a sandbox of which nothing is known yet.
@@ -321,8 +461,14 @@ impl Dirac {
     }
 }
 
-/// Between the first looks at a job's list.
-const FIRST_LOOK: Duration = Duration::from_millis(500);
+/// Between two looks at a list that lacks what was told of.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// Between two looks at the list of a job that says nothing of itself.
+const SLOWEST_LOOK: Duration = Duration::from_secs(300);
+
+/// The helper cuts its reports off here.
+const LONGEST_REPORT: usize = 250;
 
 #[cfg(test)]
 mod tests {
@@ -349,11 +495,87 @@ mod tests {
     #[test]
     fn a_longer_list_keeps_what_is_known() {
         let mut known = Known::default();
-        assert!(known.take_over(vec!["a".into()]));
+        known.renew(vec!["a".into()]);
         known.slots[0].kind = Some(Kind::Begin);
-        assert!(known.take_over(vec!["a".into(), "b".into()]));
+        known.renew(vec!["a".into(), "b".into()]);
         assert!(matches!(known.slots[0].kind, Some(Kind::Begin)));
         assert!(known.slots[1].kind.is_none());
-        assert!(!known.take_over(vec!["a".into(), "b".into()]));
+    }
+
+    #[test]
+    fn a_job_says_how_much_of_its_log_there_is() {
+        let heard = |text: &str| {
+            let row = Row { application_status: Some(text.into()), ..Row::default() };
+            let Heard { pieces, length, .. } = Heard::of(&row, false);
+            (pieces, length)
+        };
+        assert_eq!(heard("Unknown"), (None, None));
+        assert_eq!(heard("bridge: refused it was killed before it started"), (None, None));
+        assert_eq!(heard("bridge: running on wn1"), (Some(0), None));
+        assert_eq!(heard("bridge: running on wn1 pieces=12"), (Some(12), None));
+        let ended = "bridge: ended exit_code=0 step=script log_len=6 pieces=1 outs=0 log=6";
+        assert_eq!(heard(ended), (Some(1), Some(6)));
+        for lossy in [ended.replace("log=6", "log=5"), format!("{ended} lost=9")] {
+            assert_eq!(heard(&lossy), (Some(1), None), "{lossy}");
+        }
+        // Of a report that was cut off, no number is believed.
+        let long = format!("bridge: ended exit_code=0 {:>202} log=123", "pieces=1");
+        assert!(long.len() < LONGEST_REPORT, "{}", long.len());
+        let cut = format!("bridge: ended exit_code=0 {:>216} log=123", "pieces=1");
+        assert_eq!(cut.len(), LONGEST_REPORT);
+        assert_eq!(heard(&long), (Some(1), Some(123)));
+        assert_eq!(heard(&cut), (None, None));
+    }
+
+    #[test]
+    fn what_the_wrapper_wrote_over_is_found_in_the_history() {
+        let line = |text: &str| crate::search::Logged {
+            application_status: Some(text.into()),
+            ..crate::search::Logged::default()
+        };
+        let row = Row {
+            application_status: Some("Exited with status 1".into()),
+            logging_info: Some(vec![
+                line("bridge: running on wn1 pieces=1"),
+                line("bridge: ended exit_code=3 step=script pieces=2 outs=0 log=70"),
+                line("Exited with status 1"),
+            ]),
+            ..Row::default()
+        };
+        let heard = Heard { over: true, pieces: Some(2), length: Some(70) };
+        assert_eq!(Heard::of(&row, true), heard);
+    }
+
+    #[test]
+    fn a_list_is_asked_for_once_for_each_piece_that_was_told_of() {
+        let mut known = Known::default();
+        let slowly = Duration::from_secs(15);
+        assert!(!known.is_due(Some(0), slowly), "there is nothing yet");
+        assert!(known.is_due(Some(1), slowly));
+        known.renew(vec!["begin".into(), "piece".into()]);
+        known.looked(Some(1));
+        assert!(!known.is_due(Some(1), slowly), "a silent job costs nothing");
+        known.looked = None;
+        assert!(known.is_due(Some(2), slowly));
+        // Told of, and not there.
+        known.looked(Some(5));
+        known.looked = None;
+        assert!(known.is_due(Some(5), slowly));
+        // One that says nothing of itself is given time first.
+        assert!(!Known::default().is_due(None, slowly));
+    }
+
+    #[test]
+    fn what_nobody_asks_for_is_forgotten() {
+        let shelf = Shelf::default();
+        let name = SubmitToken::parse("br-1").unwrap();
+        shelf.polled(1, &name, Heard::default());
+        assert!(shelf.is_ours(1, &name));
+        shelf.tidy(Duration::ZERO);
+        assert!(!shelf.is_ours(1, &name));
+        shelf.polled(2, &name, Heard::default());
+        shelf.forget(2);
+        assert!(!shelf.is_ours(2, &name));
+        assert!(shelf.entries.lock().unwrap().is_empty());
     }
 }

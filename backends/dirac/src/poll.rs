@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use bridge_backend::{ExternalId, JobRef, Observation, Result};
 
 use crate::dirac::{Dirac, number};
+use crate::pieces::Heard;
 use crate::search::{HISTORY, Row, STATE};
 use crate::verdict::{self, Reading};
 
@@ -52,8 +53,15 @@ impl Dirac {
                     Reading::NeedHistory | Reading::NoNews => continue,
                 },
             };
-            let over = matches!(seen, Observation::Ended { .. } | Observation::Gone);
-            self.shelf.polled(id, over);
+            // A job of another name is not ours, whatever it says.
+            if let Some(row) =
+                rows.get(&id).filter(|row| row.name.as_deref() == Some(job.token.as_str()))
+            {
+                let over = matches!(seen, Observation::Ended { .. });
+                self.shelf.polled(id, &job.token, Heard::of(row, over));
+            } else {
+                self.shelf.gone(id, &job.token);
+            }
             answer.insert(job.id.clone(), seen);
         }
         Ok(answer)

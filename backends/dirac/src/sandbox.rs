@@ -1,7 +1,10 @@
 //! The store of sandboxes: into it under the name of its content, and out of it.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read as _};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use bridge_backend::{BackendError, ErrorKind, Fault, Result};
@@ -13,6 +16,7 @@ use serde::Deserialize;
 use serde::de::{MapAccess, Visitor};
 use serde_json::json;
 use tokio::io::AsyncWriteExt as _;
+use tokio::sync::Mutex as AsyncMutex;
 use tokio_util::io::ReaderStream;
 use url::Url;
 
@@ -84,6 +88,30 @@ pub(crate) struct Open {
     rest: reqwest::Response,
 }
 
+/// Uploads under way.
+#[derive(Debug, Default)]
+pub(crate) struct Uploads {
+    /// By what is in them.
+    under_way: Mutex<HashMap<String, Weak<AsyncMutex<()>>>>,
+    /// One was granted: the server knows whose they are.
+    known: AtomicBool,
+    first: AsyncMutex<()>,
+}
+
+impl Uploads {
+    /// Gives what to hold while this content is sent.
+    pub(crate) fn of(&self, checksum: &str) -> Arc<AsyncMutex<()>> {
+        let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(same) = under_way.get(checksum).and_then(Weak::upgrade) {
+            return same;
+        }
+        under_way.retain(|_, same| same.strong_count() > 0);
+        let new = Arc::default();
+        under_way.insert(checksum.to_owned(), Arc::downgrade(&new));
+        new
+    }
+}
+
 impl Dirac {
     /// Puts a sandbox into the store, unless it is there; gives its name.
     pub(crate) async fn upload(&self, packed: Packed) -> Result<String> {
@@ -94,12 +122,19 @@ impl Dirac {
             "size": packed.size,
             "format": "tar.zst",
         });
+        // An owner's very first sandbox makes a note of the owner, and of several at once all but one fail.
+        let first = match self.uploads.known.load(Ordering::Relaxed) {
+            false => Some(self.uploads.first.lock().await),
+            true => None,
+        };
         let answer = self
             .ask("a sandbox", || {
                 with_json(self.client.ask(Method::POST, "api/jobs/sandbox"), &about)
             })
             .await
             .map_err(unasked(context))?;
+        self.uploads.known.fetch_or(answer.ok(), Ordering::Relaxed);
+        drop(first);
         match answer.status {
             200..=299 => {}
             // Too large for this server, or a form that it does not take.

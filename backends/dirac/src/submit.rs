@@ -1,6 +1,7 @@
-//! Submitting one job.
+//! Submitting one job: its files on its own, then its description together with others.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bridge_backend::{BackendError, ErrorKind, ExternalId, Fault, JobSpec, Result, SubmitToken};
 use reqwest::Method;
@@ -10,8 +11,9 @@ use serde_json::json;
 
 use crate::client::{CallError, with_json};
 use crate::dirac::Dirac;
-use crate::failure::{AskError, site, transient, unasked};
+use crate::failure::{AskError, refused, site, transient, unasked};
 use crate::options::Wishes;
+use crate::outbox::{Letter, Post, Posted};
 use crate::workspace::{PackError, Packed, pack_files, pack_workspace};
 use crate::{jdl, worker};
 
@@ -48,6 +50,9 @@ impl Dirac {
         let login = self.tokens.token().await;
         let login = login.map_err(|error| unasked("submit the job")(AskError::Token(error)))?;
         let files = worker::files(&self.config, token, &login.claims.preferred_username, spec);
+        // Many may wait for an answer, few at a time pack and send.
+        let room = self.room.acquire().await;
+        let room = room.map_err(|error| transient("pack the job's files").with_source(error))?;
         // Goes with this future, and packing looks here whether anybody still wants it.
         let wanted = Arc::new(());
         let packed = {
@@ -63,56 +68,61 @@ impl Dirac {
             .await
             .map_err(|error| transient("pack the job's files").with_source(error))?
             .map_err(unpacked)?;
-        let mut sandboxes = Vec::new();
-        for packed in packed {
-            sandboxes.push(self.upload(packed).await?);
-        }
+        let sandboxes = self.upload_all(packed).await?;
         let jdl = jdl::render(&self.config, token, &wishes, cpu_time, &sandboxes)
             .map_err(|error| site("describe the job to DIRAC").with_source(error))?;
-        self.hand_over(token, &jdl, own_words).await
+        drop(room);
+        let letter = Letter { token: token.clone(), description: jdl, own_words };
+        self.outbox.submit(letter, self).await
     }
 
-    /// Makes the job. From here on it may exist although nobody says so.
-    async fn hand_over(
-        &self,
-        token: &SubmitToken,
-        jdl: &str,
-        own_words: bool,
-    ) -> Result<ExternalId> {
-        let body = json!([jdl]);
-        let answer = self
-            .ask("a submission", || with_json(self.client.ask(Method::POST, "api/jobs/jdl"), &body))
-            .await
-            .map_err(|error| match &error {
-                AskError::Token(_) | AskError::Call(CallError::Unsent { .. }) => {
-                    unasked("submit the job")(error)
-                }
-                AskError::Call(CallError::Unanswered { .. } | CallError::TooLong { .. }) => {
-                    ambiguous("hear whether the job was submitted").with_source(error)
-                }
-            })?;
+    /// Puts sandboxes into the store, the same one only once at a time.
+    async fn upload_all(&self, packed: Vec<Packed>) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for packed in packed {
+            let same = self.uploads.of(&packed.checksum);
+            let _alone = same.lock().await;
+            // The store is asked after the other upload of the same content, and has it then.
+            names.push(self.upload(packed).await?);
+        }
+        Ok(names)
+    }
+}
+
+impl Post for Dirac {
+    /// Makes jobs. From here on they may exist although nobody says so.
+    async fn post(&self, descriptions: &[String], sent: &AtomicBool) -> Posted {
+        let body = json!(descriptions);
+        let make = || {
+            sent.store(true, Ordering::Release);
+            with_json(self.client.ask_anew(Method::POST, "api/jobs/jdl"), &body)
+        };
+        let answer = match self.ask("a submission", make).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                return Posted::Failed(match &error {
+                    AskError::Token(_) | AskError::Call(CallError::Unsent { .. }) => {
+                        unasked("submit the job")(error)
+                    }
+                    AskError::Call(CallError::Unanswered { .. } | CallError::TooLong { .. }) => {
+                        ambiguous("hear whether the job was submitted").with_source(error)
+                    }
+                });
+            }
+        };
         match answer.status {
-            200..=299 => {
-                let accepted: Vec<Accepted> = answer.json().map_err(|error| {
-                    ambiguous("understand the answer to the submission").with_source(error)
-                })?;
-                match accepted.as_slice() {
-                    [one] if one.id > 0 => Ok(ExternalId(one.id.to_string())),
-                    _ => Err(ambiguous("submit the job for sure: the answer has no job id")),
-                }
-            }
-            // DIRAC's refusals say little, so the whole description goes into the log.
-            400 | 422 => {
-                tracing::error!(%token, jdl, "DIRAC refused a job's description");
-                let fault = if own_words { Fault::Job } else { Fault::Site };
-                let kind = ErrorKind::Rejected(fault);
-                let context = "submit the job: DIRAC refuses its description (site, platform, \
-                               job type, CPU time or VO)";
-                Err(BackendError::new(kind, context).with_source(answer.said()))
-            }
-            403 | 404 => Err(site("submit the job").with_source(answer.said())),
-            401 | 408 | 429 => Err(crate::failure::refused("submit the job", &answer)),
-            _ => Err(ambiguous("hear whether the job was submitted").with_source(answer.said())),
+            200..=299 => match answer.json::<Vec<Accepted>>() {
+                Ok(accepted) => Posted::Made(accepted.into_iter().map(|job| job.id).collect()),
+                Err(error) => Posted::Failed(
+                    ambiguous("understand the answer to the submission").with_source(error),
+                ),
+            },
+            400 | 422 => Posted::Refused(answer.said()),
+            403 | 404 => Posted::Failed(site("submit the job").with_source(answer.said())),
+            401 | 408 | 429 => Posted::Failed(refused("submit the job", &answer)),
+            _ => Posted::Failed(
+                ambiguous("hear whether the job was submitted").with_source(answer.said()),
+            ),
         }
     }
 }

@@ -102,7 +102,9 @@ pub(crate) fn can_be_killed(status: &str) -> bool {
 pub(crate) fn report(text: Option<&str>) -> Option<Report> {
     let text = text?.strip_prefix(OURS)?;
     if let Some(host) = text.strip_prefix("running on ") {
-        return Some(Report::Running { host: host.trim().to_owned() });
+        // Behind it may stand how much of the log there is.
+        let host = host.split_whitespace().next().unwrap_or_default();
+        return Some(Report::Running { host: host.to_owned() });
     }
     if let Some(why) = text.strip_prefix("refused ") {
         return Some(Report::Refused { why: why.trim().to_owned() });

@@ -27,7 +27,7 @@ mkdir -p "$t" "$dir" || exit 3
 : >"$log"
 mark=BRIDGE_GRID_JOB=$job.$name
 access='' refresh='' expires=0 code=0 seq=1 sent=0 pending='' pieces=0 outs=0
-told='' why=''
+told='' why='' shown=0
 
 if command -v curl >/dev/null 2>&1; then client=curl
 elif command -v python3 >/dev/null 2>&1; then client=python3
@@ -284,7 +284,8 @@ begin=bridge-begin.$job
 printf 'host=%s\nsite=%s\nat=%s\n' "$(uname -n)" "${DIRACSITE:-}" "$(date +%s)" >"$t/$begin"
 wrap "$begin" && insist "$waits" hand_in "$t/$begin.pack" || give_up "the start could not be written down (status $code)"
 [ -z "$term" ] || give_up "it was told to end before it started"
-tell "bridge: running on $(uname -n | tr -cd 'A-Za-z0-9._-')"
+running="bridge: running on $(uname -n | tr -cd 'A-Za-z0-9._-')"
+tell "$running"
 
 finish() { # exit code, step: writes the result unless the job did, and hands in all there is
   if ! [ -f "$dir/result" ]; then
@@ -304,7 +305,9 @@ finish() { # exit code, step: writes the result unless the job did, and hands in
   { head -c 4096 "$dir/result"; printf '\nlog=%s\npieces=%s\nouts=%s\nwhy=%s\n' "$sent" "$pieces" "$outs" "$why"; } >"$t/$end"
   [ "$whole" -eq "$sent" ] || printf 'lost=%s\n' "$((whole - sent))" >>"$t/$end"
   wrap "$end" && insist "$((_end - $(date +%s) + 1))" hand_in "$t/$end.pack" && told=1
-  report=$(printf 'bridge: ended %s%s pieces=%s outs=%s log=%s' "$lines" "${why:+ why=$why}" "$pieces" "$outs" "$sent" | cut -c1-250)
+  lost=''
+  [ "$whole" -eq "$sent" ] || lost=" lost=$((whole - sent))"
+  report=$(printf 'bridge: ended %s%s pieces=%s outs=%s log=%s%s' "$lines" "${why:+ why=$why}" "$pieces" "$outs" "$sent" "$lost" | cut -c1-250)
   insist "$((_end - $(date +%s) + 1))" tell "$report"
   printf '%s\n' "$report" >"$home/bridge-result.txt"
   # What did not get through may still come home with DIRAC's own output sandbox.
@@ -413,6 +416,8 @@ while ! [ -f "$root/rc" ]; do
   if [ $((now - handed)) -ge $((every * (1 + pieces / 60))) ]; then
     patience=20
     piece
+    # Whoever reads the log asks for it only when there is news of it.
+    [ "$shown" = "$pieces" ] || { tell "$running pieces=$pieces" && shown=$pieces; }
     patience=60 handed=$(date +%s)
   fi
 done

@@ -90,6 +90,7 @@ impl LocalBackend {
             live_log: true,
             collect: false,
             poll_batch: POLL_BATCH,
+            poll_rest: 50,
             max_concurrency: MAX_CONCURRENCY,
             job_variables: &[],
         };

@@ -63,6 +63,7 @@ impl Slurm {
             live_log: true,
             collect: false,
             poll_batch: NonZeroUsize::new(POLL_BATCH).unwrap_or(NonZeroUsize::MIN),
+            poll_rest: 50,
             max_concurrency: config.max_concurrency,
             job_variables: &[],
         };

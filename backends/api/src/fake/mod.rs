@@ -49,6 +49,7 @@ impl Default for FakeOptions {
                 live_log: true,
                 collect: false,
                 poll_batch: ten.saturating_mul(ten).saturating_mul(ten),
+                poll_rest: 50,
                 max_concurrency: ten,
                 job_variables: &[],
             },

@@ -7,6 +7,8 @@
 #[cfg(test)]
 mod bed;
 #[cfg(test)]
+mod bulk;
+#[cfg(test)]
 mod conformance;
 #[cfg(test)]
 mod failures;

@@ -8,6 +8,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::response::Response;
+use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 /// What happens to a request whose method and path begin like this.
@@ -21,6 +22,8 @@ pub(crate) enum Mischief {
     Say(u16, &'static str),
     /// In its answer every job has this status.
     Status(String),
+    /// It waits here until this is closed.
+    Hold(Arc<Semaphore>),
 }
 
 #[derive(Default)]
@@ -103,6 +106,7 @@ async fn pass(State(proxy): State<Proxy>, request: Request) -> Response {
             *response.status_mut() = StatusCode::from_u16(*status).unwrap();
             return response;
         }
+        Some(Mischief::Hold(gate)) => assert!(gate.acquire().await.is_err(), "it is only closed"),
         Some(Mischief::LoseAnswer | Mischief::Status(_)) | None => {}
     }
     let mut ask = proxy.http.request(head.method, format!("{}{target}", proxy.to)).body(body);
@@ -129,7 +133,7 @@ async fn pass(State(proxy): State<Proxy>, request: Request) -> Response {
             }
             bytes = Bytes::from(changed);
         }
-        Some(Mischief::LoseQuestion | Mischief::Say(..)) | None => {}
+        Some(Mischief::LoseQuestion | Mischief::Say(..) | Mischief::Hold(_)) | None => {}
     }
     let mut response = Response::new(Body::from(bytes));
     *response.status_mut() = status;
