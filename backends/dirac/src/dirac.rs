@@ -74,7 +74,14 @@ impl Dirac {
             max_concurrency: config.max_concurrency,
         };
         let tokens = Tokens::new(&config, Arc::clone(&client));
-        Ok(Self { config, client, tokens, shelf: Shelf::default(), capabilities, judged: Judged::default() })
+        Ok(Self {
+            config,
+            client,
+            tokens,
+            shelf: Shelf::default(),
+            capabilities,
+            judged: Judged::default(),
+        })
     }
 
     pub(crate) fn judged(&self) -> Option<(String, std::result::Result<(), String>)> {
@@ -144,7 +151,7 @@ impl Dirac {
             .await
             .map_err(read)?;
         match answer.status {
-            200..=299 => Ok(()),
+            200..=299 => self.check_limits(&token.claims.vo).await,
             401 | 403 => Err(site(context).with_source(answer.said()).with_remedy(Remedy::Login)),
             _ => Err(refused(context, &answer)),
         }

@@ -111,7 +111,9 @@ fn judge(whole: &Whole, vo: &str, config: &Config) -> std::result::Result<(), St
     {
         let all: Vec<&str> = types.iter().map(String::as_str).collect();
         let (got, all) = (&config.job_type, all.join(", "));
-        return Err(format!("`job_type`: this DiracX does not take {got:?} from {vo}; it takes: {all}"));
+        return Err(format!(
+            "`job_type`: this DiracX does not take {got:?} from {vo}; it takes: {all}"
+        ));
     }
     for (key, value, least, most) in [
         ("cpu_time", config.wishes.cpu_time, jobs.least_cpu, jobs.most_cpu),
