@@ -1,10 +1,8 @@
 //! `bridge serve`: the daemon.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bridge_backend::Backend;
 use clap::Args;
 use futures_util::future::BoxFuture;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -15,10 +13,11 @@ use crate::cli::exit::{Exit, Failure};
 use crate::config;
 use crate::config::Config;
 use crate::daemon::{Daemon, Labels, StartError};
-use crate::domain::id::{BackendName, RunnerName};
+use crate::domain::id::RunnerName;
 use crate::gitlab::Secret;
 use crate::http::{self, HealthSource, Pages, Problem, WhoseMove};
 use crate::logins::Logins;
+use crate::registry::Backends;
 use crate::rotation::Rotation;
 use crate::store::{KeyFileError, LockError, OpenError, Store};
 use crate::telemetry::{self, BuildInfo, Chain, JobCount, Metrics, Snapshot};
@@ -229,9 +228,7 @@ fn rotate(
 }
 
 /// Has the logins at backends looked after; what is returned tells of new backends.
-fn look_after_logins(
-    daemon: &Daemon,
-) -> (Logins, watch::Sender<BTreeMap<BackendName, Arc<dyn Backend>>>) {
+fn look_after_logins(daemon: &Daemon) -> (Logins, watch::Sender<Backends>) {
     let (worlds, watched) = watch::channel(daemon.backends());
     let logins = Logins::default();
     let (mine, metrics) = (logins.clone(), Arc::clone(daemon.metrics()));

@@ -585,7 +585,7 @@ async fn a_login_invites_and_says_until_when_and_fails_with_its_own_code() {
     let mut text =
         "[backends.here]\nkind = \"local\"\n[backends.grid]\nkind = \"grid\"\n".to_owned();
     for mood in ["wrong", "away", "stern"] {
-        text += &format!("[backends.{mood}]\nkind = \"grid\"\nmood = \"{mood}\"\n");
+        text.extend(["[backends.", mood, "]\nkind = \"grid\"\nmood = \"", mood, "\"\n"]);
     }
     bench.write("config.toml", &text);
     assert_eq!(bench.run("backends login grid").await.unwrap(), Exit::Done);

@@ -192,7 +192,7 @@ impl Dirac {
             .await
             .map_err(read)?;
         match answer.status {
-            200..=299 => Ok(()),
+            200..=299 => self.check_limits(&token.claims.vo).await,
             401 | 403 => Err(site(context).with_source(answer.said()).with_remedy(Remedy::Login)),
             _ => Err(refused(context, &answer)),
         }

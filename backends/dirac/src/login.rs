@@ -77,7 +77,9 @@ pub(crate) async fn login(table: toml::Table, invite: Invite) -> Result<Login, L
     let (access, refresh) = (granted.access_token.clone(), granted.refresh_token.clone());
     let expires_on = claims.exp - 15;
     let kept = tokio::task::spawn_blocking(move || new.keep(&access, refresh.as_ref(), expires_on));
-    kept.await.map_err(|error| site("keep the login").with_source(error))?.map_err(settings)?;
+    kept.await
+        .map_err(|error| site("keep the login").with_source(error))?
+        .map_err(|error| settings(&error))?;
     let held = Held {
         form: Form::Credentials,
         access: granted.access_token,
@@ -93,12 +95,13 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, LoginError> {
     let path = config.token_file.clone();
     let done = tokio::task::spawn_blocking(move || work(path)).await;
-    done.map_err(|error| site("use the token file").with_source(error))?.map_err(settings)
+    done.map_err(|error| site("use the token file").with_source(error))?
+        .map_err(|error| settings(&error))
 }
 
 /// What is wrong with the file is wrong with the setting that names it.
-fn settings(error: FileError) -> LoginError {
-    let error: &dyn std::error::Error = &error;
+fn settings(error: &FileError) -> LoginError {
+    let error: &dyn std::error::Error = error;
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
