@@ -15,9 +15,13 @@ use bytes::Bytes;
 use tokio::sync::Mutex as AsyncMutex;
 
 use crate::dirac::{Dirac, lost};
+use crate::fallback;
 
 /// Bytes of logs that are remembered, of all jobs together.
 const BUDGET: usize = 64 << 20;
+
+/// DIRAC's own sandboxes are no larger, where logs may be in them.
+const LARGEST_DIRACS: u64 = 16 << 20;
 
 /// What a sandbox of a job is.
 #[derive(Clone, Debug)]
@@ -29,7 +33,11 @@ pub(crate) enum Kind {
     /// A part of what is brought home.
     Out { number: u64 },
     /// The mark of the end.
-    End { outs: u64 },
+    End {
+        outs: u64,
+        /// All of the log was handed in before.
+        whole: bool,
+    },
     /// Not ours.
     Other,
 }
@@ -56,6 +64,8 @@ struct Entry {
     known: Arc<AsyncMutex<Known>>,
     /// What the last poll said, if there was one.
     over: Option<bool>,
+    /// What a job that DIRAC calls over has left as its last word, and when DIRAC's word was new.
+    words: Option<(Option<String>, Option<String>)>,
 }
 
 /// What is known of all jobs.
@@ -78,6 +88,17 @@ impl Shelf {
     /// Remembers what a poll said.
     pub(crate) fn polled(&self, id: u64, over: bool) {
         self.with(id, |entry| entry.over = Some(over));
+    }
+
+    /// Gives a last word that was looked for since DIRAC's word changed.
+    pub(crate) fn words(&self, id: u64, changed: Option<&str>) -> Option<Option<String>> {
+        let known = self.with(id, |entry| entry.words.clone())?;
+        (known.0.as_deref() == changed).then_some(known.1)
+    }
+
+    /// Remembers the last word of a job.
+    pub(crate) fn said(&self, id: u64, changed: Option<&str>, words: Option<String>) {
+        self.with(id, |entry| entry.words = Some((changed.map(str::to_owned), words)));
     }
 
     fn over(&self, id: u64) -> Option<bool> {
@@ -161,7 +182,9 @@ pub(crate) fn kind(id: u64, name: &str, content: Option<Bytes>) -> Kind {
         let text = content.unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let outs = text.lines().find_map(|line| line.strip_prefix("outs=")?.parse().ok());
-        return Kind::End { outs: outs.unwrap_or(0) };
+        // What is missing may come by DIRAC's own means, later.
+        let whole = !text.lines().any(|line| line.starts_with("lost="));
+        return Kind::End { outs: outs.unwrap_or(0), whole };
     }
     if rest("bridge-begin.").is_some_and(|rest| rest.is_empty()) {
         return Kind::Begin;
@@ -282,9 +305,6 @@ impl Dirac {
         for at in if caught_up { low } else { 0 }..known.slots.len() {
             self.learn(id, known, at).await?;
         }
-        if caught_up {
-            return Ok(None);
-        }
         Ok(known.slots.iter().position(holds))
     }
 
@@ -293,7 +313,7 @@ impl Dirac {
         let Some(Slot { kind: None, pfn }) = known.slots.get(at) else { return Ok(()) };
         let pfn = pfn.clone();
         let kind = self.look_into(id, &pfn).await?;
-        known.complete |= matches!(kind, Kind::End { .. });
+        known.complete |= matches!(kind, Kind::End { whole: true, .. });
         if let Some(slot) = known.slots.get_mut(at) {
             slot.kind = Some(kind);
         }
@@ -302,6 +322,15 @@ impl Dirac {
 
     async fn look_into(&self, id: u64, pfn: &str) -> Result<Kind> {
         let Some(open) = self.open_sandbox(pfn).await? else { return Ok(Kind::Other) };
+        if open.is_diracs() {
+            let Some(bytes) = open.whole(LARGEST_DIRACS).await? else { return Ok(Kind::Other) };
+            let piece = tokio::task::spawn_blocking(move || fallback::piece(&bytes)).await;
+            let piece = piece.unwrap_or(Kind::Other);
+            if let Kind::Log { bytes: Some(bytes), .. } = &piece {
+                self.shelf.make_room(bytes.len());
+            }
+            return Ok(piece);
+        }
         if !open.is_gzip() {
             match open.plain_name() {
                 // Large, and its name is all that matters now.
@@ -332,7 +361,10 @@ mod tests {
             Kind::Log { offset: 120, len: 3, .. }
         ));
         assert!(matches!(kind(7, "bridge-out.7.2", None), Kind::Out { number: 2 }));
-        assert!(matches!(kind(7, "bridge-end.7", text("x=1\nouts=3\n")), Kind::End { outs: 3 }));
+        assert!(matches!(
+            kind(7, "bridge-end.7", text("x=1\nouts=3\n")),
+            Kind::End { outs: 3, whole: true }
+        ));
         assert!(matches!(kind(7, "bridge-begin.7", text("")), Kind::Begin));
         for name in
             ["bridge-log.8.1.0", "bridge-log.77", "bridge-end.71", "std.out", "bridge-out.7"]
