@@ -181,7 +181,9 @@ pub(crate) fn kind(id: u64, name: &str, content: Option<Bytes>) -> Kind {
     if rest("bridge-end.").is_some_and(|rest| rest.is_empty()) {
         let text = content.unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
-        let outs = text.lines().find_map(|line| line.strip_prefix("outs=")?.parse().ok());
+        // Not a number where some are lost; then no number of parts is enough.
+        let outs = text.lines().rev().find_map(|line| line.strip_prefix("outs="));
+        let outs = outs.map(|outs| outs.parse().unwrap_or(u64::MAX));
         // What is missing may come by DIRAC's own means, later.
         let whole = !text.lines().any(|line| line.starts_with("lost="));
         return Kind::End { outs: outs.unwrap_or(0), whole };
@@ -365,6 +367,8 @@ mod tests {
             kind(7, "bridge-end.7", text("x=1\nouts=3\n")),
             Kind::End { outs: 3, whole: true }
         ));
+        let lost = kind(7, "bridge-end.7", text("outs=0\nlost=5\nouts=lost\n"));
+        assert!(matches!(lost, Kind::End { outs: u64::MAX, whole: false }), "{lost:?}");
         assert!(matches!(kind(7, "bridge-begin.7", text("")), Kind::Begin));
         for name in
             ["bridge-log.8.1.0", "bridge-log.77", "bridge-end.71", "std.out", "bridge-out.7"]

@@ -453,7 +453,8 @@ finish() { # exit code, step: writes the result unless the job did, and hands in
   while [ -n "$pending" ] || [ "$(size_of "$log")" -gt "$sent" ]; do
     insist "$(rest)" piece || break
   done
-  [ -n "$why" ] || bring
+  # That something is missing must be known at home.
+  [ -n "$why" ] || bring || outs=lost
   leave_all
   end=bridge-end.$job
   { head -c 4096 "$dir/result"; printf '\nlog=%s\npieces=%s\nouts=%s\nwhy=%s\n' "$sent" "$pieces" "$outs" "$why"; } >"$t/$end"
@@ -493,6 +494,7 @@ PICK
   (cd "$root/w" && LC_ALL=C find . \( -type f -o -type l -o -type d \) -exec sh "$t/pick" {} + 2>"$t/pick.said" |
     if command -v gzip >/dev/null 2>&1; then gzip -nc; else cat; fi >"$root/packed") || {
     rm -f "$root/packed"
+    outs=lost
     echo "bridge: what the job wrote cannot be packed: $(tail -n 1 "$t/pick.said")" >>"$log"
     return 0
   }
