@@ -12,6 +12,11 @@ DIRAC's heartbeats come every 20 minutes; here they come every 10 seconds, so th
 after itself is still the first to notice that it was killed.
 
 While a file `hold` lies in BED, nothing is started.
+
+Workers differ. What lies as JSON in BED/workers/JOBNAME makes one job's worker odd, as real ones are:
+"shell" runs its program, "folder" is its directory's name, "env" changes its environment (null takes a
+variable away), "token_seconds" is how long its token lives, "refresh": false leaves it without a refresh
+token, "renew_every" has the pilot renew its proxy file, "deaf": true spares it the site's heartbeats.
 """
 import argparse
 import base64
@@ -20,10 +25,12 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -75,7 +82,7 @@ class Job(threading.Thread):
     def __init__(self, site, row):
         super().__init__(name=f"job-{row['JobID']}", daemon=True)
         self.site, self.row, self.id = site, row, row["JobID"]
-        self.killed = False
+        self.killed, self.odd = False, {}
         self.beaten = time.monotonic()
 
     def report(self, status=None, minor=None, application=None, source="JobWrapper"):
@@ -112,13 +119,34 @@ class Job(threading.Thread):
             "scope": f"vo:{self.row['VO']} group:{self.row['OwnerGroup']}"})
         return patiently(lambda: call(self.site.api_key, "GET", "/api/auth/legacy-exchange?" + query))
 
+    def access(self, tokens):
+        """A token of the job's owner; a short one for an odd worker."""
+        if "token_seconds" not in self.odd:
+            return tokens["access_token"]
+        mint = [sys.executable, Path(__file__).with_name("dirac-server.py"), "mint", self.site.bed / "state", URL,
+                self.row["Owner"], str(self.odd["token_seconds"] / 60)]
+        return subprocess.run(mint, check=True, capture_output=True, text=True).stdout.strip()
+
+    def write_proxy(self, proxy, tokens):
+        kept = {"access_token": self.access(tokens), "expires_on": int(time.time()) + tokens["expires_in"] - 15}
+        if self.odd.get("refresh", True):
+            kept["refresh_token"] = tokens["refresh_token"]
+        coded = base64.encodebytes(json.dumps(kept).encode()).decode()
+        aside = proxy.with_suffix(".new")
+        aside.touch(0o600)
+        aside.write_text(f"-----BEGIN DIRACX-----\n{coded}-----END DIRACX-----\n")
+        aside.rename(proxy)
+        self.renewed = time.monotonic()
+
     def work(self):
+        odd = self.site.bed / "workers" / (self.row.get("JobName") or "none")
+        self.odd = json.loads(odd.read_text()) if odd.is_file() else {}
         if self.report("Running", "Job Initialization") != "Running":
             return
         spec, tokens = self.jdl(), self.owner()
-        folder = self.site.bed / "jobs" / str(self.id)
-        work = folder / "work"
-        shutil.rmtree(folder, ignore_errors=True)
+        # A job that is started again may still run elsewhere.
+        folder = self.site.bed / "jobs" / f"{self.id}-{uuid.uuid4().hex[:8]}"
+        work = folder / self.odd.get("folder", "work")
         work.mkdir(parents=True)
         try:
             self.payload(spec, tokens, folder, work)
@@ -130,17 +158,13 @@ class Job(threading.Thread):
         for pfn in strings(spec.get("InputSandbox")):
             self.unpack(tokens["access_token"], pfn, work)
         proxy = folder / "proxy.pem"
-        kept = {"access_token": tokens["access_token"], "refresh_token": tokens["refresh_token"],
-                "expires_on": int(time.time()) + tokens["expires_in"] - 15}
-        coded = base64.encodebytes(json.dumps(kept).encode()).decode()
-        proxy.touch(0o600)
-        proxy.write_text(f"-----BEGIN DIRACX-----\n{coded}-----END DIRACX-----\n")
+        self.write_proxy(proxy, tokens)
         program = work / spec.get("Executable", "")
         if not program.is_file():
             self.report("Failed", "Application not found")
             return
         program.chmod(program.stat().st_mode | 0o555)
-        code = self.execute(program, spec, work, proxy)
+        code = self.execute(program, spec, work, proxy, tokens)
         if self.killed:
             self.report("Failed", "Received Kill signal")
             return
@@ -165,18 +189,27 @@ class Job(threading.Thread):
         with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
             tar.extractall(work, filter="data")
 
-    def execute(self, program, spec, work, proxy):
+    def execute(self, program, spec, work, proxy, tokens):
         """As with DIRAC, program and arguments are one line that a shell reads."""
         self.report(minor="Application")
         environment = dict(os.environ, JOBID=str(self.id), DIRACSITE=self.site.name,
                            X509_USER_PROXY=str(proxy), BED_JOB=str(work))
+        for name, value in self.odd.get("env", {}).items():
+            if value is None:
+                environment.pop(name, None)
+            else:
+                environment[name] = value
+        line = f"{self.odd.get('shell', '')} {shlex.quote(str(program))} {spec.get('Arguments', '')}".strip()
         out, err = work / spec.get("StdOutput", "std.out"), work / spec.get("StdError", "std.err")
         with open(out, "wb") as out_file, open(err, "wb") as err_file:
             process = subprocess.Popen(
-                f"{program} {spec.get('Arguments', '')}", shell=True, cwd=work, env=environment,
+                line, shell=True, cwd=work, env=environment,
                 stdin=subprocess.DEVNULL, stdout=out_file, stderr=err_file, start_new_session=True)
             while process.poll() is None:
-                self.beat(out)
+                if not self.odd.get("deaf"):
+                    self.beat(out)
+                if time.monotonic() - self.renewed > self.odd.get("renew_every", 86400):
+                    self.write_proxy(proxy, tokens)
                 if self.killed:
                     os.killpg(process.pid, signal.SIGTERM)
                     try:
@@ -246,7 +279,7 @@ class Site:
     def turn(self):
         self.jobs = [job for job in self.jobs if job.is_alive()]
         rows = call(self.admin, "POST", "/api/jobs/search?per_page=500", {
-            "parameters": ["JobID", "Status", "Owner", "OwnerGroup", "VO", "Site", "UserPriority"],
+            "parameters": ["JobID", "JobName", "Status", "Owner", "OwnerGroup", "VO", "Site", "UserPriority"],
             "search": [{"parameter": "Status", "operator": "in", "values": ["Received", "Checking", "Waiting"]}],
             "sort": [{"parameter": "UserPriority", "direction": "desc"}, {"parameter": "JobID", "direction": "asc"}]})
         for row in rows:

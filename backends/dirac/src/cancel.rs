@@ -72,9 +72,13 @@ impl Dirac {
             .ask("a kill", || with_json(self.client.ask(Method::PATCH, "api/jobs/status"), &body))
             .await
             .map_err(unasked(context))?;
+        if matches!(answer.status, 403 | 404) && rows.len() > 1 {
+            // One that vanished or became another's spoils it for all; halves find out which.
+            let (one, other) = rows.split_at(rows.len() / 2);
+            let first = Box::pin(self.kill_these(one)).await;
+            return Box::pin(self.kill_these(other)).await.and(first);
+        }
         if !answer.ok() {
-            // 403 and 404 among them: one that vanished since the question spoils it for all, and the
-            // next call asks anew which are left.
             return Err(refused(context, &answer));
         }
         let changed: Changed = answer.json().map_err(nonsense(context))?;

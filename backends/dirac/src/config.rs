@@ -14,6 +14,9 @@ use crate::options::{Wishes, check_value, number, words};
 /// The columns of DIRAC's database.
 const LONGEST_GROUP: usize = 32;
 
+/// A workspace travels in parts of some 100 MB, each of them named in the job's description.
+const LARGEST_WORKSPACE: u64 = 8 << 30;
+
 /// The configuration, resolved.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
@@ -32,6 +35,8 @@ pub(crate) struct Config {
     pub(crate) log_interval: Duration,
     pub(crate) cancel_interval: Duration,
     pub(crate) kill_grace: Duration,
+    /// How long a worker tries to reach DiracX before it gives up.
+    pub(crate) worker_patience: Duration,
     pub(crate) max_workspace: u64,
     pub(crate) max_concurrency: NonZeroUsize,
 }
@@ -66,6 +71,7 @@ struct Written {
     log_interval: Option<SignedDuration>,
     cancel_interval: Option<SignedDuration>,
     kill_grace: Option<SignedDuration>,
+    worker_patience: Option<SignedDuration>,
     max_workspace: Option<u64>,
     max_concurrency: Option<NonZeroUsize>,
 }
@@ -108,6 +114,11 @@ impl Config {
                 return Err(OpenError::Config(text));
             }
         }
+        let max_workspace = written.max_workspace.unwrap_or(2 << 30);
+        if max_workspace > LARGEST_WORKSPACE {
+            let text = format!("`max_workspace` must not be more than {LARGEST_WORKSPACE} bytes");
+            return Err(OpenError::Config(text));
+        }
         let duration = |key, written, seconds| duration(key, written, Duration::from_secs(seconds));
         Ok(Self {
             worker_url: worker_url.as_str().trim_end_matches('/').to_owned(),
@@ -123,7 +134,8 @@ impl Config {
             log_interval: duration("log_interval", written.log_interval, 5)?,
             cancel_interval: duration("cancel_interval", written.cancel_interval, 15)?,
             kill_grace: duration("kill_grace", written.kill_grace, 60)?,
-            max_workspace: written.max_workspace.unwrap_or(2 << 30),
+            worker_patience: duration("worker_patience", written.worker_patience, 1800)?,
+            max_workspace,
             max_concurrency: written
                 .max_concurrency
                 .or(NonZeroUsize::new(4))
@@ -194,6 +206,8 @@ mod tests {
             ("url = 'http://x'\ntoken_file = '/t'\ncpu_time = 3", "cpu_time"),
             ("url = 'http://x'\ntoken_file = '/t'\nsettle = '0s'", "settle"),
             ("url = 'http://x'\ntoken_file = '/t'\nvo = 'a;b'", "vo"),
+            ("url = 'http://x'\ntoken_file = '/t'\nmax_workspace = 99999999999", "max_workspace"),
+            ("url = 'http://x'\ntoken_file = '/t'\nworker_patience = '0s'", "worker_patience"),
             ("url = 'http://x'\ntoken_file = '/t'\nsiet = 'a'", "siet"),
         ] {
             let text = if text.starts_with("url") && !text.contains("token_file") {

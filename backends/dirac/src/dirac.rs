@@ -1,7 +1,7 @@
 //! The backend itself: which questions are asked, and what their answers mean.
 
 use std::collections::{BTreeMap, HashSet};
-use std::io::{self, Read as _, Seek as _};
+use std::io;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,12 +19,14 @@ use tokio::sync::Semaphore;
 use crate::client::{Answer, Client};
 use crate::config::Config;
 use crate::failure::{AskError, nonsense, refused, remedied, site, transient, unasked};
+use crate::fallback;
 use crate::known;
 use crate::limits::Judged;
 use crate::outbox::{AT_ONCE, Outbox};
 use crate::pieces::{Kind, Shelf};
 use crate::sandbox::Uploads;
 use crate::token::{self, Tokens};
+use crate::unpack::unpack;
 
 /// Jobs in one search; the server gives 10000 rows at once.
 const POLL_BATCH: usize = 2_000;
@@ -211,15 +213,23 @@ impl Dirac {
         let mut outs = None;
         for at in (0..known.slots.len()).rev() {
             self.learn(id, &mut known, at).await?;
-            if let Some(Kind::End { outs: count }) =
+            if let Some(Kind::End { outs: count, .. }) =
                 known.slots.get(at).and_then(|s| s.kind.as_ref())
             {
                 outs = Some((*count, at));
                 break;
             }
         }
-        let Some((count, end)) = outs else {
-            return Err(lost("bring the job's outputs home: it did not hand in its end"));
+        let (count, end) = match outs {
+            Some(known) => known,
+            // Its end may have come by DIRAC's own means, with the parts handed in before.
+            None => match self.last_words(id).await?.and_then(|words| fallback::outs(&words)) {
+                Some(count) => (count, known.slots.len()),
+                None => {
+                    let context = "bring the job's outputs home: it did not hand in its end";
+                    return Err(lost(context));
+                }
+            },
         };
         let mut parts: BTreeMap<u64, String> = BTreeMap::new();
         for at in (0..end).rev() {
@@ -276,56 +286,6 @@ pub(crate) fn number(id: &ExternalId) -> Option<u64> {
 
 pub(crate) fn lost(context: &'static str) -> BackendError {
     BackendError::new(ErrorKind::Lost, context)
-}
-
-/// Unpacks a tar that comes in parts, each of them the only file of another tar.
-fn unpack(parts: Vec<std::fs::File>, into: &Utf8Path, most: u64) -> io::Result<()> {
-    let mut whole: Box<dyn io::Read> = Box::new(io::empty());
-    for mut part in parts {
-        part.rewind()?;
-        let mut header = tar::Header::new_ustar();
-        part.read_exact(header.as_mut_bytes())?;
-        let size = header.entry_size()?;
-        whole = Box::new(whole.chain(part.take(size)));
-    }
-    let mut magic = [0; 2];
-    whole.read_exact(&mut magic)?;
-    let whole = io::Cursor::new(magic).chain(whole);
-    let plain: Box<dyn io::Read> = if magic == [0x1f, 0x8b] {
-        Box::new(flate2::read::MultiGzDecoder::new(whole))
-    } else {
-        Box::new(whole)
-    };
-    let mut archive = tar::Archive::new(Bounded { inner: plain, left: most });
-    archive.set_preserve_mtime(true);
-    archive.set_preserve_permissions(true);
-    archive.set_overwrite(true);
-    for entry in archive.entries()? {
-        let mut entry = entry?;
-        // Names that lead out of the directory are left out, and links are not followed.
-        if !entry.unpack_in(into)? {
-            let path = entry.path().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
-            tracing::warn!(path, "an output that leads out of its directory is left out");
-        }
-    }
-    Ok(())
-}
-
-/// Fails instead of giving more than was agreed.
-struct Bounded {
-    inner: Box<dyn io::Read>,
-    left: u64,
-}
-
-impl io::Read for Bounded {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(into)?;
-        self.left = self
-            .left
-            .checked_sub(u64::try_from(n).unwrap_or(u64::MAX))
-            .ok_or(io::ErrorKind::FileTooLarge)?;
-        Ok(n)
-    }
 }
 
 #[async_trait]

@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use bridge_backend::SubmitToken;
 
 use crate::config::Config;
+use crate::fallback::{LOG_FILE, WORD_FILE};
 use crate::options::{Wishes, harmless};
 
 /// The program that DIRAC's wrapper starts.
@@ -36,7 +37,7 @@ pub(crate) fn render(
     line("JobType", text(&config.job_type)?);
     line("StdOutput", text("std.out")?);
     line("StdError", text("std.err")?);
-    line("OutputSandbox", list(&["std.out", "std.err", "bridge-result.txt"])?);
+    line("OutputSandbox", list(&["std.out", "std.err", WORD_FILE, LOG_FILE])?);
     // The prefix of a sandbox's name has the one character that is harmless here and not elsewhere.
     let mut names = Vec::new();
     for name in sandboxes {

@@ -21,6 +21,7 @@
 //! | `log_interval` | between two pieces of a log | 5 s |
 //! | `cancel_interval` | how often a job looks whether it was killed | 15 s |
 //! | `kill_grace` | from TERM to KILL, so that `after_script` can run | 60 s |
+//! | `worker_patience` | how long a worker tries to reach DiracX before it leaves what it has to DIRAC | 30 min |
 //! | `max_workspace` | bytes that a workspace may have | 2 GiB |
 //! | `max_concurrency` | jobs at once whose files are packed and sent | 4 |
 //!
@@ -60,6 +61,7 @@ mod client;
 mod config;
 mod dirac;
 mod failure;
+mod fallback;
 mod jdl;
 mod known;
 mod limits;
@@ -73,6 +75,7 @@ mod search;
 mod submit;
 mod token;
 mod token_file;
+mod unpack;
 mod verdict;
 mod worker;
 mod workspace;

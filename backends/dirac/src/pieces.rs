@@ -19,6 +19,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::sync::Mutex as AsyncMutex;
 
 use crate::dirac::{Dirac, lost};
+use crate::fallback;
 use crate::search::Row;
 
 /// Bytes of logs that are remembered, of all jobs together.
@@ -26,6 +27,9 @@ const BUDGET: usize = 32 << 20;
 
 /// What nobody asked for in this time is forgotten: its job was released meanwhile.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(3600);
+
+/// DIRAC's own sandboxes are no larger, where logs may be in them.
+const LARGEST_DIRACS: u64 = 16 << 20;
 
 /// What a sandbox of a job is.
 #[derive(Clone, Debug)]
@@ -37,7 +41,11 @@ pub(crate) enum Kind {
     /// A part of what is brought home.
     Out { number: u64 },
     /// The mark of the end.
-    End { outs: u64 },
+    End {
+        outs: u64,
+        /// All of the log was handed in before.
+        whole: bool,
+    },
     /// Not ours.
     Other,
 }
@@ -88,7 +96,9 @@ impl Heard {
             return None;
         }
         let number = |key: &str| {
-            text.split_whitespace().find_map(|word| word.strip_prefix(key)?.parse::<u64>().ok())
+            // What the helper says comes after what the job's script says.
+            let mut words = text.split_whitespace().rev();
+            words.find_map(|word| word.strip_prefix(key)?.parse::<u64>().ok())
         };
         // What was cut off may have been a digit.
         let whole = text.len() < LONGEST_REPORT;
@@ -106,6 +116,8 @@ struct Entry {
     /// What the last poll said, if there was one, and under which name.
     heard: Option<(SubmitToken, Heard)>,
     touched: Instant,
+    /// What a job that DIRAC calls over has left as its last word, and when DIRAC's word was new.
+    words: Option<(Option<String>, Option<String>)>,
 }
 
 /// What is known of all jobs.
@@ -120,7 +132,8 @@ pub(crate) struct Shelf {
 impl Shelf {
     fn with<T>(&self, id: u64, work: impl FnOnce(&mut Entry) -> T) -> T {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = || Entry { known: Arc::default(), heard: None, touched: Instant::now() };
+        let new =
+            || Entry { known: Arc::default(), heard: None, touched: Instant::now(), words: None };
         let entry = entries.entry(id).or_insert_with(new);
         entry.touched = Instant::now();
         work(entry)
@@ -134,6 +147,17 @@ impl Shelf {
     pub(crate) fn polled(&self, id: u64, name: &SubmitToken, heard: Heard) {
         self.with(id, |entry| entry.heard = Some((name.clone(), heard)));
         self.tidy(FORGOTTEN_AFTER);
+    }
+
+    /// Gives a last word that was looked for since DIRAC's word changed.
+    pub(crate) fn words(&self, id: u64, changed: Option<&str>) -> Option<Option<String>> {
+        let known = self.with(id, |entry| entry.words.clone())?;
+        (known.0.as_deref() == changed).then_some(known.1)
+    }
+
+    /// Remembers the last word of a job.
+    pub(crate) fn said(&self, id: u64, changed: Option<&str>, words: Option<String>) {
+        self.with(id, |entry| entry.words = Some((changed.map(str::to_owned), words)));
     }
 
     /// Remembers that a job of this name is not there any more.
@@ -281,8 +305,12 @@ pub(crate) fn kind(id: u64, name: &str, content: Option<Bytes>) -> Kind {
     if rest("bridge-end.").is_some_and(|rest| rest.is_empty()) {
         let text = content.unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
-        let outs = text.lines().find_map(|line| line.strip_prefix("outs=")?.parse().ok());
-        return Kind::End { outs: outs.unwrap_or(0) };
+        // Not a number where some are lost; then no number of parts is enough.
+        let outs = text.lines().rev().find_map(|line| line.strip_prefix("outs="));
+        let outs = outs.map(|outs| outs.parse().unwrap_or(u64::MAX));
+        // What is missing may come by DIRAC's own means, later.
+        let whole = !text.lines().any(|line| line.starts_with("lost="));
+        return Kind::End { outs: outs.unwrap_or(0), whole };
     }
     if rest("bridge-begin.").is_some_and(|rest| rest.is_empty()) {
         return Kind::Begin;
@@ -406,9 +434,6 @@ impl Dirac {
         for at in if caught_up { low } else { 0 }..known.slots.len() {
             self.learn(id, known, at).await?;
         }
-        if caught_up {
-            return Ok(None);
-        }
         Ok(known.slots.iter().position(holds))
     }
 
@@ -437,7 +462,7 @@ impl Dirac {
         let Some(Slot { kind: None, pfn }) = known.slots.get(at) else { return Ok(()) };
         let pfn = pfn.clone();
         let kind = self.look_into(id, &pfn).await?;
-        known.complete |= matches!(kind, Kind::End { .. });
+        known.complete |= matches!(kind, Kind::End { whole: true, .. });
         if let Some(slot) = known.slots.get_mut(at) {
             slot.kind = Some(kind);
         }
@@ -446,6 +471,15 @@ impl Dirac {
 
     async fn look_into(&self, id: u64, pfn: &str) -> Result<Kind> {
         let Some(open) = self.open_sandbox(pfn).await? else { return Ok(Kind::Other) };
+        if open.is_diracs() {
+            let Some(bytes) = open.whole(LARGEST_DIRACS).await? else { return Ok(Kind::Other) };
+            let piece = tokio::task::spawn_blocking(move || fallback::piece(&bytes)).await;
+            let piece = piece.unwrap_or(Kind::Other);
+            if let Kind::Log { bytes: Some(bytes), .. } = &piece {
+                self.shelf.make_room(bytes.len());
+            }
+            return Ok(piece);
+        }
         if !open.is_gzip() {
             match open.plain_name() {
                 // Large, and its name is all that matters now.
@@ -482,7 +516,12 @@ mod tests {
             Kind::Log { offset: 120, len: 3, .. }
         ));
         assert!(matches!(kind(7, "bridge-out.7.2", None), Kind::Out { number: 2 }));
-        assert!(matches!(kind(7, "bridge-end.7", text("x=1\nouts=3\n")), Kind::End { outs: 3 }));
+        assert!(matches!(
+            kind(7, "bridge-end.7", text("x=1\nouts=3\n")),
+            Kind::End { outs: 3, whole: true }
+        ));
+        let lost = kind(7, "bridge-end.7", text("outs=0\nlost=5\nouts=lost\n"));
+        assert!(matches!(lost, Kind::End { outs: u64::MAX, whole: false }), "{lost:?}");
         assert!(matches!(kind(7, "bridge-begin.7", text("")), Kind::Begin));
         for name in
             ["bridge-log.8.1.0", "bridge-log.77", "bridge-end.71", "std.out", "bridge-out.7"]

@@ -1,6 +1,6 @@
 //! Asks for the state of many jobs: one search, and one more with the histories of those that have ended.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use bridge_backend::{ExternalId, JobRef, Observation, Result};
 
@@ -42,8 +42,9 @@ impl Dirac {
                 rows.insert(row.id, row);
             }
         }
+        let unheard = self.ask_for_words(&mut rows).await;
         for job in jobs {
-            let Some(id) = number(&job.id) else { continue };
+            let Some(id) = number(&job.id).filter(|id| !unheard.contains(id)) else { continue };
             let seen = match rows.get(&id) {
                 // The answer was complete, so there is none; or the id is another one's.
                 None => Observation::Gone,
@@ -67,6 +68,52 @@ impl Dirac {
         Ok(answer)
     }
 
+    /// Looks for the last words of jobs that DIRAC calls over and that said nothing by themselves.
+    ///
+    /// A job that told its end costs nothing here; of others, some are asked for in each cycle.
+    /// Gives those that must wait for it.
+    async fn ask_for_words(&self, rows: &mut HashMap<u64, Row>) -> BTreeSet<u64> {
+        let mut unheard = BTreeSet::new();
+        let mut silent: Vec<u64> = Vec::new();
+        for row in rows.values_mut().filter(|row| verdict::is_silent(row)) {
+            match self.shelf.words(row.id, row.last_update_time.as_deref()) {
+                Some(words) => row.add_word(words),
+                None => silent.push(row.id),
+            }
+        }
+        silent.sort_unstable();
+        let mut asked = 0_usize;
+        for id in silent {
+            let Some(row) = rows.get_mut(&id) else { continue };
+            let changed = row.last_update_time.clone();
+            let words = if asked < WORDS_AT_ONCE { Some(self.last_words(id).await) } else { None };
+            match words {
+                Some(Ok(words)) => {
+                    self.shelf.said(id, changed.as_deref(), words.clone());
+                    row.add_word(words);
+                    asked += 1;
+                    continue;
+                }
+                Some(Err(error)) => {
+                    // The others would only wait for the same answer.
+                    asked = WORDS_AT_ONCE;
+                    let error: &dyn std::error::Error = &error;
+                    tracing::warn!(job = id, error, "the last word of a job cannot be asked for");
+                }
+                None => {}
+            }
+            // Not for ever: a sandbox that cannot be read must not keep the job.
+            let late =
+                self.client.server_time().zip(row.changed()).is_some_and(|(now, changed)| {
+                    now.duration_since(changed) > jiff::SignedDuration::from_secs(WORDS_WITHIN)
+                });
+            if !late {
+                unheard.insert(id);
+            }
+        }
+        unheard
+    }
+
     fn reading(&self, row: &Row) -> Reading {
         // The helper has its grace, and then some time to tell of it.
         let grace = self.config.kill_grace + self.config.cancel_interval + KILL_TOLD_WITHIN;
@@ -79,6 +126,13 @@ impl Dirac {
         Ok(matches!(seen.get(&job.id), Some(Observation::Ended { .. } | Observation::Gone)))
     }
 }
+
+/// Jobs whose last words are looked for in one cycle; each takes some requests.
+const WORDS_AT_ONCE: usize = 8;
+
+/// After so many seconds of an end without a readable last word, DIRAC's word alone counts: a store is
+/// away for hours, but not for days.
+const WORDS_WITHIN: i64 = 86_400;
 
 /// How long a killed job may take to hand in its last piece and to say so.
 const KILL_TOLD_WITHIN: std::time::Duration = std::time::Duration::from_secs(60);

@@ -23,10 +23,14 @@ use url::Url;
 use crate::client::with_json;
 use crate::dirac::Dirac;
 use crate::failure::{nonsense, refused, site, transient, unasked};
+use crate::fallback;
 use crate::workspace::Packed;
 
 /// How long one sandbox may take over a slow line.
 const TRANSFER: Duration = Duration::from_secs(1800);
+
+/// What DiracX takes as one sandbox.
+const LARGEST_SANDBOX: u64 = 100 << 20;
 
 /// A piece of a log has 2 MiB.
 const LARGEST_PIECE: u64 = 16 << 20;
@@ -116,6 +120,13 @@ impl Dirac {
     /// Puts a sandbox into the store, unless it is there; gives its name.
     pub(crate) async fn upload(&self, packed: Packed) -> Result<String> {
         let context = "put the job's files into the sandbox store";
+        if packed.size > LARGEST_SANDBOX {
+            let text =
+                format!("{} bytes are more than the {LARGEST_SANDBOX} it takes", packed.size);
+            return Err(
+                BackendError::new(ErrorKind::Rejected(Fault::Job), context).with_source(text)
+            );
+        }
         let about = json!({
             "checksum_algorithm": "sha256",
             "checksum": packed.checksum,
@@ -252,8 +263,13 @@ impl Open {
         self.head.starts_with(&[0x1f, 0x8b])
     }
 
-    /// Reads a small sandbox to its end; gives the name and the content of its only file.
-    pub(crate) async fn small(mut self) -> Result<Option<(String, Bytes)>> {
+    /// Says whether it is compressed in one of the ways of DIRAC's own programs.
+    pub(crate) fn is_diracs(&self) -> bool {
+        fallback::unpacker(&self.head).is_some()
+    }
+
+    /// Reads a small sandbox to its end; nothing when it is large.
+    pub(crate) async fn whole(mut self, most: u64) -> Result<Option<BytesMut>> {
         let context = "fetch what the job has handed in";
         let mut all = self.head;
         while let Some(chunk) = self
@@ -263,10 +279,17 @@ impl Open {
             .map_err(|error| transient(context).with_source(error.without_url()))?
         {
             all.extend_from_slice(&chunk);
-            if u64::try_from(all.len()).unwrap_or(u64::MAX) > LARGEST_PIECE {
+            if u64::try_from(all.len()).unwrap_or(u64::MAX) > most {
                 return Ok(None);
             }
         }
+        Ok(Some(all))
+    }
+
+    /// Reads a small sandbox to its end; gives the name and the content of its only file.
+    pub(crate) async fn small(self) -> Result<Option<(String, Bytes)>> {
+        let context = "fetch what the job has handed in";
+        let Some(all) = self.whole(LARGEST_PIECE).await? else { return Ok(None) };
         let unpacked = tokio::task::spawn_blocking(move || only_file(&all)).await;
         let unpacked = unpacked.map_err(|error| transient(context).with_source(error))?;
         Ok(unpacked.ok().flatten())

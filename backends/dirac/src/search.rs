@@ -75,6 +75,17 @@ impl Row {
     }
 }
 
+impl Row {
+    /// Adds what the job said by other means, as if it stood in the history.
+    pub(crate) fn add_word(&mut self, word: Option<String>) {
+        if let Some(word) = word
+            && let Some(lines) = &mut self.logging_info
+        {
+            lines.push(Logged { application_status: Some(word), ..Logged::default() });
+        }
+    }
+}
+
 impl Logged {
     /// Gives the time; it comes with and without a zone, which is always UTC.
     pub(crate) fn time(&self) -> Option<Timestamp> {

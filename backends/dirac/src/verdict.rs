@@ -7,7 +7,8 @@
 //! | any | ended by itself | how it ended |
 //! | any | ended because its time was up, or because it was killed | that |
 //! | Submitting, Received, Checking, Staging, Scouting, Waiting, Matched, Rescheduled | none | pending |
-//! | Running, Completing, Stalled, Completed | none | running |
+//! | Running, Completing, Stalled | none | running |
+//! | Completed | none | running, for a while: the payload is over, transfers are pending |
 //! | Done | none | failed: success is never guessed |
 //! | Failed | none | by its minor status, see [`failed`] |
 //! | Killed, never ran | none | cancelled |
@@ -28,7 +29,7 @@ use jiff::{SignedDuration, Timestamp};
 use crate::search::{Logged, Row};
 
 /// Begins every application status of ours.
-const OURS: &str = "bridge: ";
+pub(crate) const OURS: &str = "bridge: ";
 
 /// The job's own word, as it comes through DIRAC.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +69,7 @@ pub(crate) enum Reading {
 enum Phase {
     Waiting,
     Going,
+    Completed,
     Done,
     Failed,
     Killed,
@@ -79,8 +81,9 @@ fn phase(status: &str) -> Phase {
     match status {
         "Submitting" | "Received" | "Checking" | "Staging" | "Scouting" | "Waiting" | "Matched"
         | "Rescheduled" => Phase::Waiting,
-        // Stalled comes back, or fails after some hours; Completed waits for transfers.
-        "Running" | "Completing" | "Stalled" | "Completed" => Phase::Going,
+        // Stalled comes back, or fails after some hours.
+        "Running" | "Completing" | "Stalled" => Phase::Going,
+        "Completed" => Phase::Completed,
         "Done" => Phase::Done,
         "Failed" => Phase::Failed,
         "Killed" => Phase::Killed,
@@ -92,9 +95,8 @@ fn phase(status: &str) -> Phase {
 /// Says whether DIRAC would still end a job of this status.
 pub(crate) fn can_be_killed(status: &str) -> bool {
     match phase(status) {
-        Phase::Waiting | Phase::Unknown => true,
-        Phase::Going => status != "Completed",
-        Phase::Done | Phase::Failed | Phase::Killed | Phase::Deleted => false,
+        Phase::Waiting | Phase::Going | Phase::Unknown => true,
+        Phase::Completed | Phase::Done | Phase::Failed | Phase::Killed | Phase::Deleted => false,
     }
 }
 
@@ -110,7 +112,8 @@ pub(crate) fn report(text: Option<&str>) -> Option<Report> {
         return Some(Report::Refused { why: why.trim().to_owned() });
     }
     let facts = text.strip_prefix("ended ")?.split_whitespace().collect::<Vec<_>>().join("\n");
-    let why = match facts.lines().find_map(|line| line.strip_prefix("why=")) {
+    // The helper's own words come after those of the job's script.
+    let why = match facts.lines().rev().find_map(|line| line.strip_prefix("why=")) {
         Some("cancelled") => Some(Why::Cancelled),
         Some("timeout") => Some(Why::Timeout),
         Some(_) => Some(Why::Told),
@@ -131,6 +134,27 @@ fn own_end(row: &Row) -> Option<(Report, Option<Timestamp>)> {
         .or_else(|| Some((report(row.application_status.as_deref()).filter(is_end)?, None)))
 }
 
+/// Says whether DIRAC calls a job over that ran and never said how it ended.
+pub(crate) fn is_silent(row: &Row) -> bool {
+    let over = match phase(row.status()) {
+        Phase::Completed | Phase::Done | Phase::Failed => true,
+        // What was killed is cancelled, whatever it would have said.
+        Phase::Waiting | Phase::Going | Phase::Killed | Phase::Deleted | Phase::Unknown => false,
+    };
+    let ran = |line: &Logged| line.status.as_deref() == Some("Running");
+    over && row.history().iter().any(ran) && own_end(row).is_none() && !refused(row)
+}
+
+/// Says whether a job was not started, and said so.
+fn refused(row: &Row) -> bool {
+    let mut words = row.history().iter().map(|line| report(line.application_status.as_deref()));
+    words.any(|word| matches!(word, Some(Report::Refused { .. })))
+}
+
+/// How long the transfers of a job may be pending that itself said nothing. DIRAC repeats them for
+/// hours; what bridge needs of a job does not depend on them.
+const PENDING_FOR: SignedDuration = SignedDuration::from_hours(6);
+
 /// Says whether a job told its own end already.
 pub(crate) fn has_ended(row: &Row) -> bool {
     own_end(row).is_some()
@@ -142,7 +166,7 @@ pub(crate) fn read(row: &Row, now: Option<Timestamp>, grace: Duration) -> Readin
     let end = own_end(row);
     let over = match phase {
         Phase::Waiting | Phase::Going | Phase::Unknown => end.is_some(),
-        Phase::Done | Phase::Failed | Phase::Killed | Phase::Deleted => true,
+        Phase::Completed | Phase::Done | Phase::Failed | Phase::Killed | Phase::Deleted => true,
     };
     if over && row.logging_info.is_none() {
         return Reading::NeedHistory;
@@ -164,7 +188,7 @@ pub(crate) fn read(row: &Row, now: Option<Timestamp>, grace: Duration) -> Readin
                 Phase::Waiting | Phase::Going | Phase::Unknown => {
                     return Reading::Tell(Observation::Running { host: host(row) });
                 }
-                Phase::Done => {
+                Phase::Completed | Phase::Done => {
                     let detail = "the job was told to end (TERM), and DIRAC does not say why";
                     return ended(Outcome::SystemFailed { detail: detail.to_owned() });
                 }
@@ -175,6 +199,7 @@ pub(crate) fn read(row: &Row, now: Option<Timestamp>, grace: Duration) -> Readin
             Phase::Failed => ended(failed(row)),
             Phase::Waiting
             | Phase::Going
+            | Phase::Completed
             | Phase::Done
             | Phase::Killed
             | Phase::Deleted
@@ -186,6 +211,14 @@ pub(crate) fn read(row: &Row, now: Option<Timestamp>, grace: Duration) -> Readin
             Reading::Tell(Observation::Pending { reason: Some(reason(row)), starts_at: None })
         }
         Phase::Going => Reading::Tell(Observation::Running { host: host(row) }),
+        Phase::Completed => {
+            let pending = row.changed().zip(now).map(|(last, now)| now.duration_since(last));
+            if pending.is_some_and(|pending| pending > PENDING_FOR) {
+                let detail = format!("it left no result in time: {}", words(row));
+                return ended(Outcome::SystemFailed { detail });
+            }
+            Reading::Tell(Observation::Running { host: host(row) })
+        }
         Phase::Done => {
             let detail = format!("it left no result: {}", words(row));
             ended(Outcome::SystemFailed { detail })
@@ -194,10 +227,7 @@ pub(crate) fn read(row: &Row, now: Option<Timestamp>, grace: Duration) -> Readin
         Phase::Deleted => ended(Outcome::Cancelled { by: killer(row) }),
         Phase::Killed => {
             // Killed reads so at once, long before anything ends on the worker.
-            let refused = row.history().iter().any(|line| {
-                matches!(report(line.application_status.as_deref()), Some(Report::Refused { .. }))
-            });
-            let ran = !refused
+            let ran = !refused(row)
                 && row.history().iter().any(|line| line.status.as_deref() == Some("Running"));
             let last = row.changed().or_else(|| row.history().iter().rev().find_map(Logged::time));
             match (ran, last, now) {
@@ -232,6 +262,10 @@ fn failed(row: &Row) -> Outcome {
         .and_then(|line| line.minor_status.as_deref())
         .or(row.minor_status.as_deref())
         .unwrap_or_default();
+    // DIRAC's minor statuses, as its services and its wrapper know them; the rest is the site's failure
+    // and shown in DIRAC's words, among them "Application not found", "Illegal Job JDL", "Failed
+    // Downloading InputSandbox", "Application thread failed", "Job has insufficient disk space to
+    // continue", "Maximum of reschedulings reached".
     match minor {
         "Job has exceeded maximum wall clock time"
         | "Job has reached the CPU limit of the queue" => Outcome::TimedOut,
@@ -239,6 +273,7 @@ fn failed(row: &Row) -> Outcome {
         "Job stalled: pilot not running" | "Watchdog identified this job as stalled" => {
             Outcome::NodeFailed
         }
+        minor if minor.to_lowercase().contains("memory") => Outcome::OutOfMemory,
         // The helper's own failures have other exit codes than the job's.
         "Application Finished With Errors" if exited_with_one(row) => Outcome::Exited { code: 1 },
         _ => Outcome::SystemFailed { detail: words(row) },
@@ -258,7 +293,8 @@ fn exited_with_one(row: &Row) -> bool {
 fn killer(row: &Row) -> Option<String> {
     let gone = |line: &&Logged| matches!(line.status.as_deref(), Some("Killed" | "Deleted"));
     let line = row.history().iter().find(gone)?;
-    let source = line.source.as_deref()?.trim();
+    // Refused changes stand there with a mark of the state machine.
+    let source = line.source.as_deref()?.trim_end_matches("(SM)").trim();
     (!source.is_empty() && source != SOURCE).then(|| format!("{source} in DIRAC"))
 }
 

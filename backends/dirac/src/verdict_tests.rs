@@ -57,6 +57,7 @@ fn every_status_of_dirac_has_its_meaning() {
     for status in ["Running", "Completing", "Stalled", "Completed"] {
         let seen = read(&row(&[line(status, "x", "Unknown", 1)]), now(0), GRACE);
         assert!(matches!(seen, Reading::Tell(Observation::Running { .. })), "{status}: {seen:?}");
+        assert_eq!(can_be_killed(status), status != "Completed");
     }
     for status in ["Done", "Failed", "Killed", "Deleted"] {
         let history = [line(status, "x", "Unknown", 1)];
@@ -99,6 +100,8 @@ fn a_failure_is_read_from_its_minor_status() {
         ("Job stalled: pilot not running", Outcome::NodeFailed),
         ("Watchdog identified this job as stalled", Outcome::NodeFailed),
         ("Received Kill signal", Outcome::Cancelled { by: None }),
+        ("Marked for termination", Outcome::Cancelled { by: None }),
+        ("Job has exceeded memory limit", Outcome::OutOfMemory),
     ] {
         assert_eq!(outcome(&[line("Failed", minor, "Unknown", 1)]), expected, "{minor}");
     }
@@ -107,6 +110,22 @@ fn a_failure_is_read_from_its_minor_status() {
         "Failed Downloading InputSandbox",
         "Maximum of reschedulings reached",
         "Exception During Execution",
+        "Application thread failed",
+        "Application thread did not complete",
+        "Illegal Job JDL",
+        "No candidate sites available",
+        "Failed Downloading InputSandbox LFN(s)",
+        "Failed sending requests",
+        "Input Data Not Available",
+        "Input Data Resolution",
+        "Job has insufficient disk space to continue",
+        "Job Initialization",
+        "Job Wrapper Initialization",
+        "JobWrapper execution",
+        "Pending Requests",
+        "Uploading Output Sandbox",
+        "Uploading Output Data",
+        "Uploading Outputs",
         "Something new",
         "",
     ] {
@@ -167,4 +186,57 @@ fn nonsense_is_no_success() {
         outcome(&[line("Done", "x", "bridge: ended", 1)]),
         Outcome::SystemFailed { .. }
     ));
+}
+
+#[test]
+fn a_silent_job_is_asked_for_its_last_word_and_believed() {
+    let ran = line("Running", "Application", "bridge: running on wn1", 1);
+    for status in ["Done", "Failed", "Completed"] {
+        let mut row = row(&[ran.clone(), line(status, "x", "Exited with status 1", 2)]);
+        assert!(is_silent(&row), "{status}");
+        row.add_word(Some(GOOD.replace("exit_code=0", "exit_code=7")));
+        assert!(!is_silent(&row), "{status}");
+        let seen = read(&row, now(0), GRACE);
+        let Reading::Tell(Observation::Ended { outcome, .. }) = seen else { panic!("{seen:?}") };
+        assert_eq!(outcome, Outcome::Exited { code: 7 }, "{status}");
+    }
+    let said = line("Running", "Application", GOOD, 2);
+    assert!(!is_silent(&row(&[ran.clone(), said, line("Done", "x", "y", 3)])));
+    let refused = line("Running", "Application", "bridge: refused it", 2);
+    assert!(!is_silent(&row(&[ran.clone(), refused, line("Failed", "x", "y", 3)])));
+    assert!(!is_silent(&row(&[line("Failed", "Application not found", "y", 3)])));
+    assert!(!is_silent(&row(&[ran, line("Killed", "x", "y", 3)])));
+}
+
+#[test]
+fn what_is_completed_but_silent_is_given_some_hours() {
+    let history = [line("Running", "x", "", 1), line("Completed", "Pending Requests", "", 2)];
+    let row = Row { last_update_time: Some("2026-01-01T00:00:02".into()), ..row(&history) };
+    let seen = read(&row, now(0), GRACE);
+    assert!(matches!(seen, Reading::Tell(Observation::Running { .. })), "{seen:?}");
+    let late = "2026-01-01T06:00:30Z".parse().ok();
+    let seen = read(&row, late, GRACE);
+    let Reading::Tell(Observation::Ended { outcome, .. }) = seen else { panic!("{seen:?}") };
+    let Outcome::SystemFailed { detail } = outcome else { panic!("{outcome:?}") };
+    assert!(detail.contains("Pending Requests"), "{detail}");
+}
+
+#[test]
+fn stalled_comes_back_and_ends_as_it_would_have() {
+    let running = line("Running", "Application", "bridge: running on wn1", 1);
+    let stalled = line("Stalled", "Watchdog identified this job as stalled", "x", 2);
+    let seen = read(&row(&[running.clone(), stalled.clone()]), now(0), GRACE);
+    assert!(matches!(seen, Reading::Tell(Observation::Running { .. })), "{seen:?}");
+    let back = line("Running", "Application", "x", 3);
+    let end = line("Running", "Application", &GOOD.replace("exit_code=0", "exit_code=5"), 4);
+    let done = line("Failed", "Application Finished With Errors", "x", 5);
+    let history = [running, stalled, back, end, done];
+    assert_eq!(outcome(&history), Outcome::Exited { code: 5 });
+}
+
+#[test]
+fn whoever_refused_changes_is_named_without_the_servers_mark() {
+    let mut killed = line("Killed", "Marked for termination", "", 1);
+    killed.source = Some("bridge(SM)".into());
+    assert_eq!(outcome(&[killed]), Outcome::Cancelled { by: None });
 }

@@ -19,9 +19,6 @@ const LARGEST_PIECE: usize = 2 << 20;
 /// Bytes in one part of what is brought home; the store takes 100 MiB.
 const LARGEST_PART: usize = 90 << 20;
 
-/// How long a worker tries to reach DiracX before it gives up, in seconds.
-const PATIENCE: u64 = 1800;
-
 /// Variables that a bash called `sh` keeps read-only; assigning to one must not end the shell.
 const READ_ONLY: &[&str] = &["BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"];
 
@@ -39,7 +36,7 @@ pub(crate) fn files(
 ) -> Vec<(&'static str, Vec<u8>)> {
     let wall = spec.limits.wall_time.map_or(0, |limit| limit.as_secs().max(1));
     let settings = format!(
-        "url={}\nname={}\nowner={}\nwall={wall}\ngrace={}\nevery={}\nlooks={}\nwaits={PATIENCE}\n\
+        "url={}\nname={}\nowner={}\nwall={wall}\ngrace={}\nevery={}\nlooks={}\nwaits={}\n\
          largest={LARGEST_PIECE}\npart={LARGEST_PART}\n",
         quote(&config.worker_url),
         quote(token.as_str()),
@@ -47,13 +44,14 @@ pub(crate) fn files(
         config.kill_grace.as_secs(),
         config.log_interval.as_secs(),
         config.cancel_interval.as_secs(),
+        config.worker_patience.as_secs(),
     );
-    let patterns: String =
+    let patterns: Vec<String> =
         spec.outputs.iter().filter_map(|pattern| case_pattern(&pattern.0)).collect();
     vec![
         ("bridge-job.conf", settings.into_bytes()),
         ("bridge-job.env", moved(&environment(&spec.env), &spec.workspace).into_bytes()),
-        ("bridge-job.outputs", patterns.into_bytes()),
+        ("bridge-job.outputs", patterns.join("|").into_bytes()),
         ("bridge-job.script", moved(&spec.script, &spec.workspace).into_bytes()),
         (PROGRAM, HELPER.as_bytes().to_vec()),
     ]
@@ -116,46 +114,74 @@ fn in_name(c: char) -> bool {
     c.is_alphanumeric() || matches!(c, '_' | '-')
 }
 
-/// Turns a glob into a pattern of the shell's `case` that fits at least the same names.
+/// Turns a glob into patterns of the shell's `case` that fit at least the same names.
+///
+/// They go into a program of the helper's as they are, so only harmless characters are left: what might
+/// mean something to a shell becomes a star. The helper's names begin with `./`, and are bytes to it.
 fn case_pattern(glob: &str) -> Option<String> {
-    let glob = glob.trim_start_matches("./").trim_end_matches('/');
-    if glob.is_empty() || glob.contains(['\n', '\0']) {
+    // Steps back are taken first; what leads out of the workspace is nobody's.
+    let mut parts: Vec<&str> = Vec::new();
+    for part in glob.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => {
+                let last = parts.pop()?;
+                if last.contains("**") {
+                    // Any number of directories, and one less: anything.
+                    return Some("./*".to_owned());
+                }
+            }
+            part => parts.push(part),
+        }
+    }
+    if glob.is_empty() || glob.starts_with('/') {
         return None;
     }
-    let mut out = String::new();
+    let glob = parts.join("/");
+    let mut out = String::from("./");
+    let star = |out: &mut String| {
+        if !out.ends_with('*') {
+            out.push('*');
+        }
+    };
     let mut chars = glob.chars().peekable();
     let mut braces = 0_usize;
     while let Some(c) = chars.next() {
         match c {
             '{' => {
                 braces += 1;
-                out.push('*');
+                star(&mut out);
             }
             '}' if braces > 0 => braces -= 1,
             _ if braces > 0 => {}
             '*' => {
-                while chars.peek() == Some(&'*') {
-                    chars.next();
-                }
-                out.push('*');
+                star(&mut out);
                 // `a/**/b` is also `a/b`.
                 if chars.peek() == Some(&'/') && glob.contains("**") {
                     chars.next();
                 }
             }
-            '?' => out.push('?'),
             '[' => {
+                if chars.peek().is_some_and(|c| matches!(c, '!' | '^')) {
+                    chars.next();
+                }
+                // A bracket that comes first is one of the class.
+                chars.next();
                 while chars.next().is_some_and(|c| c != ']') {}
-                out.push('*');
+                star(&mut out);
             }
-            '\\' => {}
-            c if c.is_alphanumeric() || "._/-+=,@%:".contains(c) => out.push(c),
-            // Anything that means something to a shell; one character of any kind is close enough.
-            _ => out.push('?'),
+            c if c.is_ascii_alphanumeric() || "._/-+=,@%:".contains(c) => out.push(c),
+            // One character may be several bytes.
+            _ => star(&mut out),
         }
     }
-    out.push('\n');
-    Some(out)
+    // What lies below comes too.
+    Some(match out.trim_end_matches('/') {
+        "." => "./*".to_owned(),
+        // A star crosses slashes.
+        open if open.ends_with('*') => open.to_owned(),
+        closed => format!("{closed}|{closed}/*"),
+    })
 }
 
 #[cfg(test)]
@@ -183,20 +209,41 @@ mod tests {
 
     #[test]
     fn patterns_fit_at_least_what_the_globs_fit() {
-        let pattern = |glob| case_pattern(glob).map(|text| text.trim_end().to_owned());
         for (glob, expected) in [
-            ("build/", Some("build")),
-            ("**/*.xml", Some("**.xml")),
-            ("a/**/b.txt", Some("a/*b.txt")),
-            ("a.{o,so}", Some("a.*")),
-            ("x[ab].o", Some("x*.o")),
-            ("x y;$(id)", Some("x?y??(id)")),
-            ("./a", Some("a")),
+            ("build/", Some("./build|./build/*")),
+            ("**/*.xml", Some("./*.xml|./*.xml/*")),
+            ("a/**/b.txt", Some("./a/*b.txt|./a/*b.txt/*")),
+            ("a.{o,so}", Some("./a.*")),
+            ("x[ab].o", Some("./x*.o|./x*.o/*")),
+            ("x[]a]y", Some("./x*y|./x*y/*")),
+            ("x[!]]y", Some("./x*y|./x*y/*")),
+            ("x y;$(id)", Some("./x*y*id*")),
+            ("ä?.txt", Some("./*.txt|./*.txt/*")),
+            ("esac)", Some("./esac*")),
+            ("a|b", Some("./a*b|./a*b/*")),
+            ("./a", Some("./a|./a/*")),
+            ("a//b/./c/../d", Some("./a/b/d|./a/b/d/*")),
+            (".", Some("./*")),
+            ("./", Some("./*")),
+            ("**", Some("./*")),
+            ("x/**/../y", Some("./*")),
+            ("a\nb", Some("./a*b|./a*b/*")),
             ("", None),
-            ("a\nb", None),
+            ("/etc/passwd", None),
+            ("../a", None),
+            ("a/../../b", None),
         ] {
-            let expected = expected.map(|text: &str| text.replace("(id)", "?id?"));
-            assert_eq!(pattern(glob), expected, "{glob}");
+            assert_eq!(case_pattern(glob).as_deref(), expected, "{glob}");
+        }
+    }
+
+    #[test]
+    fn patterns_hold_nothing_that_means_something_to_a_shell() {
+        for glob in ["`id`", "$(id)", "a;b", "a)b", "'", "\"", "\\*", "a&b", "#x", "~", "!x", "<x>"]
+        {
+            let pattern = case_pattern(glob).unwrap();
+            let harmless = |c: char| c.is_ascii_alphanumeric() || "._/-+=,@%:*|".contains(c);
+            assert!(pattern.chars().all(harmless), "{glob}: {pattern}");
         }
     }
 }

@@ -11,28 +11,71 @@ trap 'term=1' TERM INT HUP
 home=$PWD
 mask=$(umask)
 umask 077
-. ./bridge-job.conf || exit 3
+
+# What DIRAC brings home by itself: the last word, for when nothing else gets through.
+leave() { printf '%s\n' "$1" >"$home/bridge-result.txt"; }
+
+useless() { # what to say
+  echo "bridge: $1"
+  leave "bridge: refused $1"
+  exit 3
+}
+
+[ -r ./bridge-job.conf ] || useless "the job's files did not come with it"
+. ./bridge-job.conf
 job=${JOBID:-${DIRACJOBID:-}}
 case $job in
-'' | *[!0-9]*) echo "bridge: there is no job id"; exit 3 ;;
+'' | *[!0-9]*) useless "there is no job id" ;;
 esac
 
 # A path that needs no quoting: it is written into the job's script and variables.
-case $home in
-*[!A-Za-z0-9/._+-]*) root=$(mktemp -d "${TMPDIR:-/tmp}/bridge.XXXXXX") || exit 3 ;;
-*) root=$home/bridge && mkdir -p "$root" || exit 3 ;;
-esac
+root=''
+for _place in "$home" "${TMPDIR:-}" /tmp /var/tmp; do
+  case $_place in '' | *[!A-Za-z0-9/._+-]*) continue ;; esac
+  if [ "$_place" = "$home" ]; then root=$home/bridge; mkdir -p "$root" 2>/dev/null || root=''
+  else root=$(mktemp -d "$_place/bridge.XXXXXX" 2>/dev/null)
+  fi
+  [ -z "$root" ] || break
+done
+[ -n "$root" ] || useless "there is no directory to work in"
 t=$root/t dir=$root/job log=$root/log
-mkdir -p "$t" "$dir" || exit 3
+mkdir -p "$t" "$dir" || useless "there is no room to work in"
 : >"$log"
+# Given back at the end, so that there is room to tell of it where the job has filled the disk.
+head -c 6000000 /dev/zero >"$root/ballast"
 mark=BRIDGE_GRID_JOB=$job.$name
-access='' refresh='' expires=0 code=0 seq=1 sent=0 pending='' pieces=0 outs=0
-told='' why='' shown=0
+access='' refresh='' expires=0 from_file='' code=0 seq=1 sent=0 pending='' pieces=0 outs=0
+why='' ahead='' hurry='' now=0 shown=0
 
 if command -v curl >/dev/null 2>&1; then client=curl
 elif command -v python3 >/dev/null 2>&1; then client=python3
-else echo "bridge: there is neither curl nor python3 on this worker"; exit 3
+else useless "there is neither curl nor python3 on this worker"
 fi
+
+# Seconds that pass whatever is done to the clock.
+tick() {
+  now=''
+  [ ! -r /proc/uptime ] || read -r now _ </proc/uptime
+  now=${now%%.*}
+  [ -n "$now" ] || now=$(date +%s)
+}
+
+# Reads a date as HTTP has it, "Sat, 21 Nov 2026 11:03:34 GMT", as seconds.
+epoch() {
+  # shellcheck disable=SC2086
+  set -- $1
+  case ${3:-} in
+  Jan) _m=13 ;; Feb) _m=14 ;; Mar) _m=3 ;; Apr) _m=4 ;; May) _m=5 ;; Jun) _m=6 ;;
+  Jul) _m=7 ;; Aug) _m=8 ;; Sep) _m=9 ;; Oct) _m=10 ;; Nov) _m=11 ;; Dec) _m=12 ;;
+  *) return 1 ;;
+  esac
+  case $2$4$5 in *[!0-9:]*) return 1 ;; *:*:*) ;; *) return 1 ;; esac
+  _year=$4 _hms=${5#*:}
+  [ "$_m" -lt 13 ] || _year=$((_year - 1))
+  _days=$((365 * _year + _year / 4 - _year / 100 + _year / 400 + (153 * (_m - 3) + 2) / 5 + ${2#0} - 719469))
+  _hour=${5%%:*} _minute=${_hms%:*} _second=${_hms#*:}
+  echo $((_days * 86400 + ${_hour#0} * 3600 + ${_minute#0} * 60 + ${_second#0}))
+}
 [ "$client" = curl ] || cat >"$t/bridge-call.py" <<'PYTHON'
 import sys, uuid, urllib.request, urllib.error
 method, url, kind, auth, body, form, answer, limit = sys.argv[1:9]
@@ -52,36 +95,50 @@ elif body:
     request.data = open(body, "rb").read()
 if kind:
     request.add_header("Content-Type", kind)
-code, text = 0, b""
+code, date, text = 0, None, b""
 try:
     with urllib.request.urlopen(request, timeout=float(limit)) as reply:
-        code, text = reply.status, reply.read()
+        code, date, text = reply.status, reply.headers.get("Date"), reply.read()
 except urllib.error.HTTPError as error:
-    code, text = error.code, error.read()
+    code, date, text = error.code, error.headers.get("Date"), error.read()
 except OSError as error:
     sys.stderr.write("%s\n" % error)
-open(answer, "wb").write(text)
+with open(answer, "wb") as file:
+    file.write(text)
+with open(answer + ".head", "w") as file:
+    file.write("Date: %s\n" % (date or ""))
 print("%03d" % code)
 PYTHON
 
 # method, url, content type, "yes" to say who we are, body file, seconds: the status comes in $code.
 http() {
   : >"$t/answer"
+  : >"$t/answer.head"
   if [ "$client" = python3 ]; then
     code=$(python3 -I "$t/bridge-call.py" "$1" "$2" "$3" "${4:+$t/access}" "$5" '' "$t/answer" "$6" 2>>"$t/noise")
   else
     _method=$1 _url=$2 _kind=$3 _auth=$4 _body=$5 _limit=$6
-    set -- -q -sS --globoff --connect-timeout 10 --max-time "$_limit" -X "$_method" -o "$t/answer" -w '%{http_code}'
+    set -- -q -sS --globoff --connect-timeout 10 --max-time "$_limit" -X "$_method" -o "$t/answer" -D "$t/answer.head" -w '%{http_code}'
     [ -z "$_kind" ] || set -- "$@" -H "Content-Type: $_kind"
     [ -z "$_auth" ] || set -- "$@" -K "$t/curl"
     [ -z "$_body" ] || set -- "$@" --data-binary "@$_body"
-    code=$(curl "$@" "$_url" 2>>"$t/noise")
+    # An answer that breaks off is none.
+    code=$(curl "$@" "$_url" 2>>"$t/noise") || code=000
   fi
   case $code in
-  2??) return 0 ;;
+  2??)
+    # Who stands between us and the server speaks HTML.
+    case $(head -c 1 "$t/answer") in '<') code=000 ;; *) return 0 ;; esac
+    ;;
   '') code=000 ;;
   esac
   return 1
+}
+
+# How far the server's clock is ahead of our seconds.
+hear_time() {
+  _date=$(tr -d '\r' <"$t/answer.head" | sed -n 's/^[Dd][Aa][Tt][Ee]: *//p' | tail -n 1)
+  _date=$(epoch "$_date") && tick && ahead=$((_date - now))
 }
 
 # Puts a file into the store, with the fields that the server signed, one per line.
@@ -95,7 +152,7 @@ http_form() {
     # The last line has no end.
     while IFS= read -r _line || [ -n "$_line" ]; do set -- "$@" --form-string "$_line"; done <"$_fields"
     code=$(curl -q -sS --globoff --connect-timeout 10 --max-time 1800 --speed-limit 100 --speed-time 60 -X POST \
-      -o "$t/answer" -w '%{http_code}' "$@" -F "file=@$_file;type=application/octet-stream" "$_url" 2>>"$t/noise")
+      -o "$t/answer" -w '%{http_code}' "$@" -F "file=@$_file;type=application/octet-stream" "$_url" 2>>"$t/noise") || code=000
   fi
   case $code in 2??) return 0 ;; esac
   return 1
@@ -111,52 +168,87 @@ keep_access() {
   printf 'header = "Authorization: Bearer %s"\n' "$access" >"$t/curl"
 }
 
-# The token lies in the proxy file, which the pilot may renew.
+# A part of a token, which is JSON.
+part_of() { # token
+  _body=$(printf '%s' "$1" | cut -d. -f2 | tr '_-' '/+')
+  case $((${#_body} % 4)) in 2) _body=$_body== ;; 3) _body=$_body= ;; esac
+  printf '%s' "$_body" | base64 -d 2>>"$t/noise"
+}
+
+# The token lies in the proxy file, which the pilot may renew. What was read once is no news.
 read_tokens() {
   [ -r "${X509_USER_PROXY:-}" ] || return 1
   sed -n '/BEGIN DIRACX/,/END DIRACX/p' "$X509_USER_PROXY" | sed '1d;$d' | tr -d '\r\n ' | base64 -d >"$t/tokens" 2>>"$t/noise" || return 1
   _access=$(json_text access_token <"$t/tokens")
-  [ -n "$_access" ] || return 1
+  [ -n "$_access" ] && [ "$_access" != "$from_file" ] || return 1
+  from_file=$_access
   refresh=$(json_text refresh_token <"$t/tokens")
-  expires=$(json_number expires_on <"$t/tokens")
+  # By the server's clock, which wrote it.
+  expires=$(part_of "$_access" | json_number exp)
   expires=${expires:-0}
   keep_access "$_access"
 }
 
+# Says whether the token should be renewed, by the server's clock; ours may be off.
+tired() {
+  [ -n "$ahead" ] && [ "$expires" -gt 0 ] || return 1
+  tick
+  [ $((expires - now - ahead)) -le 60 ]
+}
+
 renew() {
-  _before=$access
-  read_tokens
-  # Somebody else renewed the file, and well in time.
-  [ "$access" = "$_before" ] || [ $((expires - $(date +%s))) -lt 60 ] || return 0
+  # The pilot renewed the file, and well in time.
+  ! read_tokens || tired || return 0
   [ -n "$refresh" ] || return 1
+  # One that rotates is the pilot's to use: used twice, it costs all tokens of its user.
+  case $(part_of "$refresh" | tr -d ' ') in *'"legacy_exchange":true'*) ;; *) return 1 ;; esac
   printf 'grant_type=refresh_token&client_id=myDIRACClientID&refresh_token=%s' "$refresh" >"$t/grant"
   http POST "$url/api/auth/token" application/x-www-form-urlencoded '' "$t/grant" 30 || return 1
   _access=$(json_text access_token <"$t/answer")
   [ -n "$_access" ] || return 1
   _refresh=$(json_text refresh_token <"$t/answer")
   refresh=${_refresh:-$refresh}
-  _lives=$(json_number expires_in <"$t/answer")
-  expires=$(($(date +%s) + ${_lives:-60} - 15))
+  expires=$(part_of "$_access" | json_number exp)
+  expires=${expires:-0}
+  hear_time
   keep_access "$_access"
 }
 
 # method, path, body file: asks DiracX.
 api() {
+  # Without a token there is none yet, or none any more; the pilot may bring one.
+  code=401
   [ -n "$access" ] || read_tokens || return 1
-  [ $((expires - $(date +%s))) -gt 60 ] || renew
-  http "$1" "$url$2" "${3:+application/json}" yes "$3" "${patience:-60}" && return 0
+  if tired; then renew; fi
+  if http "$1" "$url$2" "${3:+application/json}" yes "$3" "${patience:-60}"; then
+    [ -n "$ahead" ] || hear_time
+    return 0
+  fi
   [ "$code" = 401 ] || return 1
-  renew && http "$1" "$url$2" "${3:+application/json}" yes "$3" "${patience:-60}"
+  hear_time
+  renew || { code=401; return 1; }
+  http "$1" "$url$2" "${3:+application/json}" yes "$3" "${patience:-60}"
 }
 
 # seconds, command …: again and again, unless the answer is that it will never be.
 insist() {
-  _until=$(($(date +%s) + $1)) _pause=1
+  tick
+  _until=$((now + $1)) _pause=1
   shift
   until "$@"; do
-    case $code in 400 | 403 | 404 | 422) return 1 ;; esac
-    [ "$(date +%s)" -lt "$_until" ] || return 1
-    sleep "$_pause"
+    # Only the server itself says so; who stands between may say anything for a while.
+    case $code in 400 | 403 | 404 | 413 | 422) ! grep -q '"detail"' "$t/answer" || return 1 ;; esac
+    _slept=0
+    while :; do
+      tick
+      # Whoever is told to end has some seconds left.
+      [ -z "$term" ] || [ -n "$hurry" ] || hurry=$((now + 8))
+      [ "$now" -lt "$_until" ] || return 1
+      [ -z "$hurry" ] || [ "$now" -lt "$hurry" ] || return 1
+      [ "$_slept" -lt "$_pause" ] || break
+      sleep 1
+      _slept=$((_slept + 1))
+    done
     [ "$_pause" -ge 15 ] || _pause=$((_pause * 2))
   done
 }
@@ -170,7 +262,7 @@ hand_in() {
   api POST /api/jobs/sandbox "$t/ask" || return 1
   _pfn=$(json_text pfn <"$t/answer")
   _store=$(json_text url <"$t/answer")
-  [ -n "$_pfn" ] || return 1
+  [ -n "$_pfn" ] || { code=000; return 1; }
   if [ -n "$_store" ]; then
     sed -n 's/.*"fields" *: *{\([^}]*\)}.*/\1/p' "$t/answer" | sed 's/" *, *"/"\
 "/g' | sed 's/^ *"\([^"]*\)" *: *"\(.*\)" *$/\1=\2/' >"$t/fields"
@@ -210,7 +302,8 @@ piece() {
 # Asks for all that was ever said of the job.
 history() {
   printf '{"parameters":["JobID","LoggingInfo"],"search":[{"parameter":"JobID","operator":"eq","value":"%s"}]}' "$job" >"$t/ask"
-  api POST '/api/jobs/search?page=1&per_page=10' "$t/ask"
+  api POST '/api/jobs/search?page=1&per_page=10' "$t/ask" || return 1
+  grep -q '"LoggingInfo"' "$t/answer" || { code=000; return 1; }
 }
 
 # Sets the application status, which the next look at all jobs sees. Its time must come after the last
@@ -225,15 +318,25 @@ tell() {
     newest=$(printf '%s\n%s\n' "$stamp" "$last" | sort | tail -n 1)
     if [ "$newest" = "$last" ]; then
       _micro=$(printf '%s000000' "${last##*.}" | cut -c1-6 | sed 's/^0*//')
-      _micro=$((${_micro:-0} + 1000))
-      [ "$_micro" -lt 1000000 ] || _micro=999999
-      stamp=${last%.*}.$(printf '%06d' "$_micro")
+      _micro=$((${_micro:-0} + 1000)) _whole=${last%.*}
+      if [ "$_micro" -ge 1000000 ]; then
+        # Into the next second; at the end of a day there is only the rest of this one.
+        _hms=${_whole#*T} _micro=$((_micro - 1000000))
+        _hour=${_hms%%:*} _second=${_hms##*:} _minute=${_hms#*:}
+        _minute=${_minute%:*}
+        _sum=$((${_hour#0} * 3600 + ${_minute#0} * 60 + ${_second#0} + 1))
+        if [ "$_sum" -lt 86400 ]; then
+          _whole=${_whole%T*}T$(printf '%02d:%02d:%02d' $((_sum / 3600)) $((_sum / 60 % 60)) $((_sum % 60)))
+        else _micro=999999
+        fi
+      fi
+      stamp=$_whole.$(printf '%06d' "$_micro")
     fi
   fi
   printf '{"%s":{"%s+00:00":{"ApplicationStatus":"%s","Source":"bridge"}}}' "$job" "$stamp" "$1" >"$t/ask"
   api PATCH /api/jobs/status "$t/ask" || return 1
-  # Ignored, because something newer came in between.
-  ! grep -q '"Status" *: *null' "$t/answer" || { code=000; return 1; }
+  # Ignored, because something newer came in between; or no answer of the server's at all.
+  ! grep -q '"Status" *: *null' "$t/answer" && grep -q '"success"' "$t/answer" || { code=000; return 1; }
 }
 
 # Looks at all jobs of our name: this one's status comes in $status, the oldest one's id in $first.
@@ -248,21 +351,37 @@ look() {
     { [ -n "$first" ] && [ "$first" -le "$_id" ]; } || first=$_id
     [ "$_id" != "$job" ] || status=$(printf '%s\n' "$_row" | json_text Status)
   done <"$t/rows"
+  # We are one of them, or it is no answer.
+  [ -n "$status" ] || { code=000; return 1; }
+}
+
+# Lists what was handed in.
+handed_in() {
+  api GET "/api/jobs/$job/sandbox/output" || return 1
+  grep -q '^ *\(\[\|null\)' "$t/answer" || { code=000; return 1; }
 }
 
 give_up() { # what to say
   echo "bridge: $1"
+  leave "bridge: refused $1"
+  rm -f "$root/ballast"
   insist 60 tell "bridge: refused $1"
   [ "$root" = "$home/bridge" ] || rm -rf "$root"
   exit 3
 }
 
-# Ends every process that carries our mark, and those it started meanwhile.
-sweep() {
+# Ends every process of the job: what carries our mark, works below our directory or belongs to the
+# session in which the script began. Who sheds all three cannot be found without rights.
+cat >"$t/sweep" <<'SWEEP'
+sweep() { # mark, directory, session
   _round=0
   while [ "$_round" -lt 20 ]; do
     _round=$((_round + 1)) _found=''
-    for _p in $(grep -ls -- "$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3); do
+    for _p in $({
+      grep -ls -- "$1" /proc/[0-9]*/environ | cut -d/ -f3
+      ls -ld /proc/[0-9]*/cwd | sed -n "s|.* /proc/\([0-9]*\)/cwd -> $2/.*|\1|p"
+      cat /proc/[0-9]*/stat | sed -n "s/^\([0-9]*\) .*) [^Z] [0-9]* [0-9]* $3 .*/\1/p"
+    } 2>/dev/null | sort -u); do
       [ "$_p" != "$$" ] || continue
       kill -KILL "$_p" 2>/dev/null && _found=1
     done
@@ -270,12 +389,20 @@ sweep() {
     sleep 0.1 2>/dev/null || sleep 1
   done
 }
+# A process that has ended and waits to be noticed is gone.
+lives() {
+  _stat=''
+  [ ! -r "/proc/$1/stat" ] || read -r _stat <"/proc/$1/stat"
+  case $_stat in '' | *') Z '* | *') X '*) return 1 ;; esac
+}
+SWEEP
+. "$t/sweep"
 
 # Before anything runs: are we still wanted, are we the only one, were we here before?
 insist "$waits" look || give_up "DiracX does not answer this worker (status $code)"
 case $status in Killed | Deleted) give_up "it was killed before it started" ;; esac
 [ "${first:-$job}" = "$job" ] || give_up "job $first has the same name and came first"
-insist "$waits" api GET "/api/jobs/$job/sandbox/output" || give_up "DiracX does not answer this worker (status $code)"
+insist "$waits" handed_in || give_up "DiracX does not answer this worker (status $code)"
 ! grep -q '/' "$t/answer" || give_up "it was started before, and a job is run only once"
 # The list is dropped once the job's outputs are home; its history is not.
 insist "$waits" history || give_up "DiracX does not answer this worker (status $code)"
@@ -287,57 +414,110 @@ wrap "$begin" && insist "$waits" hand_in "$t/$begin.pack" || give_up "the start 
 running="bridge: running on $(uname -n | tr -cd 'A-Za-z0-9._-')"
 tell "$running"
 
+size_of() { wc -c <"$1" 2>/dev/null | tr -d ' '; }
+
+# The last word, and the log from where its pieces end, into files that DIRAC brings home.
+leave_all() {
+  lines=$(head -c 500 "$dir/result" | head -n 8 | tr '\n' ' ' | tr -cd 'A-Za-z0-9=_. -')
+  whole=$(size_of "$log")
+  _left=$((${whole:-0} - sent))
+  _lost=''
+  [ "$_left" -eq 0 ] || _lost=" lost=$_left"
+  report=$(printf 'bridge: ended %s%s pieces=%s outs=%s log=%s%s' "$lines" "${why:+ why=$why}" "$pieces" "$outs" "$sent" "$_lost" | cut -c1-250)
+  if [ "$_left" -gt 4000000 ]; then
+    {
+      printf '\nbridge: %s bytes of the log could not be brought home\n' "$((_left - 4000000))"
+      tail -c 4000000 "$log"
+    } >"$home/bridge-log.txt"
+  elif [ "$_left" -gt 0 ]; then tail -c "$_left" "$log" >"$home/bridge-log.txt"
+  else rm -f "$home/bridge-log.txt"
+  fi
+  leave "$report"
+}
+
 finish() { # exit code, step: writes the result unless the job did, and hands in all there is
+  sweep "$mark" "$root" "${session:-none}"
+  [ -z "${guard:-}" ] || kill "$guard" 2>/dev/null
+  rm -f "$root/ballast"
+  # The job may have removed them.
+  mkdir -p "$t" "$dir"
+  [ -z "$access" ] || keep_access "$access"
   if ! [ -f "$dir/result" ]; then
     printf 'exit_code=%s\nstep=%s\n' "$1" "$2" >"$dir/result"
     [ -z "$why" ] || printf 'signalled=TERM\n' >>"$dir/result"
   fi
+  # First of all, in case we are ended before the rest is done.
+  leave_all
+  [ -n "$why" ] || pack
   _for=$waits
   [ -z "$term" ] || _for=10
-  _end=$(($(date +%s) + _for))
-  while [ -n "$pending" ] || [ "$(wc -c <"$log" | tr -d ' ')" -gt "$sent" ]; do
-    insist "$((_end - $(date +%s) + 1))" piece || break
+  tick
+  _end=$((now + _for))
+  while [ -n "$pending" ] || [ "$(size_of "$log")" -gt "$sent" ]; do
+    insist "$(rest)" piece || break
   done
-  [ -n "$why" ] || bring
-  lines=$(head -c 500 "$dir/result" | head -n 8 | tr '\n' ' ' | tr -cd 'A-Za-z0-9=_. -')
-  whole=$(wc -c <"$log" | tr -d ' ')
+  # That something is missing must be known at home.
+  [ -n "$why" ] || bring || outs=lost
+  leave_all
   end=bridge-end.$job
   { head -c 4096 "$dir/result"; printf '\nlog=%s\npieces=%s\nouts=%s\nwhy=%s\n' "$sent" "$pieces" "$outs" "$why"; } >"$t/$end"
-  [ "$whole" -eq "$sent" ] || printf 'lost=%s\n' "$((whole - sent))" >>"$t/$end"
-  wrap "$end" && insist "$((_end - $(date +%s) + 1))" hand_in "$t/$end.pack" && told=1
-  lost=''
-  [ "$whole" -eq "$sent" ] || lost=" lost=$((whole - sent))"
-  report=$(printf 'bridge: ended %s%s pieces=%s outs=%s log=%s%s' "$lines" "${why:+ why=$why}" "$pieces" "$outs" "$sent" "$lost" | cut -c1-250)
-  insist "$((_end - $(date +%s) + 1))" tell "$report"
-  printf '%s\n' "$report" >"$home/bridge-result.txt"
-  # What did not get through may still come home with DIRAC's own output sandbox.
-  [ -n "$told" ] || tail -c 1000000 "$log"
+  [ "${whole:-0}" -eq "$sent" ] || printf 'lost=%s\n' "$((whole - sent))" >>"$t/$end"
+  wrap "$end" && insist "$(rest)" hand_in "$t/$end.pack"
+  insist "$(rest)" tell "$report"
   _good=1
   ! grep -q '^exit_code=0$' "$dir/result" || [ -n "$why" ] || _good=0
   cd / && rm -rf "$root"
   exit "$_good"
 }
 
-# Brings home the files that are asked for, in parts that the store takes.
+# Seconds until we give up, but one try there is in any case.
+rest() {
+  tick
+  echo $((_end - now))
+}
+
+# Packs the files that are asked for: at least those, the exact choice is made at home.
+pack() {
+  _patterns=$(cat "$home/bridge-job.outputs" 2>/dev/null)
+  [ -n "$_patterns" ] && [ -d "$root/w" ] || return 0
+  _flat=''
+  ! (cd "$t" && tar --no-recursion -cf /dev/null ./sweep) 2>>"$t/noise" || _flat=--no-recursion
+  # Names are words of a command and never lines, so they may be anything. Without that option of
+  # tar a directory would bring all it holds.
+  cat >"$t/pick" <<PICK
+_n=\$#
+for _f do
+  case \$_f in
+  $_patterns) [ -z "$_flat" ] && [ -d "\$_f" ] && ! [ -h "\$_f" ] || set -- "\$@" "\$_f" ;;
+  esac
+done
+shift "\$_n"
+[ "\$#" -eq 0 ] || { : >"$t/some"; tar $_flat -cf - "\$@"; [ "\$?" -le 1 ] || : >"$t/torn"; }
+PICK
+  (cd "$root/w" && LC_ALL=C find . \( -type f -o -type l -o -type d \) -exec sh "$t/pick" {} + 2>"$t/pick.said" |
+    if command -v gzip >/dev/null 2>&1; then gzip -nc; else cat; fi >"$root/packed") || {
+    rm -f "$root/packed"
+    outs=lost
+    echo "bridge: what the job wrote cannot be packed: $(tail -n 1 "$t/pick.said")" >>"$log"
+    return 0
+  }
+  [ -f "$t/some" ] || rm -f "$root/packed"
+  [ ! -f "$t/torn" ] || echo "bridge: not all of what the job wrote could be packed: $(tail -n 1 "$t/pick.said")" >>"$log"
+}
+
+# Brings home what was packed, in parts that the store takes.
 bring() {
-  [ -s "$home/bridge-job.outputs" ] && [ -d "$root/w" ] || return 0
-  (cd "$root/w" && find . \( -type f -o -type l \) | sed 's|^\./||') | while IFS= read -r _file; do
-    while IFS= read -r _pattern; do
-      # shellcheck disable=SC2254
-      case $_file in $_pattern | $_pattern/*) printf '%s\n' "$_file"; break ;; esac
-    done <"$home/bridge-job.outputs"
-  done >"$t/list"
-  [ -s "$t/list" ] || return 0
-  (cd "$root/w" && tar -cf - -T "$t/list" | { ! command -v gzip >/dev/null 2>&1 && cat || gzip -nc; }) |
-    (cd "$t" && split -b "$part" -a 3 - part.)
-  for _part in "$t"/part.*; do
-    [ -f "$_part" ] || continue
+  _size=$(size_of "$root/packed")
+  _at=0
+  while [ "$_at" -lt "${_size:-0}" ]; do
     _name=bridge-out.$job.$outs
-    mv "$_part" "$t/$_name" && (cd "$t" && tar -cf "$_name.pack" "$_name") || return 1
+    tail -c "+$((_at + 1))" "$root/packed" | head -c "$part" >"$t/$_name"
+    _length=$(size_of "$t/$_name")
+    [ "$_length" -gt 0 ] && (cd "$t" && tar -cf "$_name.pack" "$_name") || return 1
     rm -f "$t/$_name"
     insist "$waits" hand_in "$t/$_name.pack" || return 1
     rm -f "$t/$_name.pack"
-    outs=$((outs + 1))
+    outs=$((outs + 1)) _at=$((_at + _length))
   done
 }
 
@@ -366,27 +546,59 @@ set --
 eval 'unset _bridge_root; BRIDGE_JOB_DIR='"'$_bridge_root/job'"'; export BRIDGE_JOB_DIR; exec /bin/sh '"'$_bridge_root/script'"' </dev/null'
 START
 
+# In a session of its own, so that what it does to its process group does not reach us.
+own='' session=''
+if command -v setsid >/dev/null 2>&1; then own=setsid
+elif command -v python3 >/dev/null 2>&1; then
+  own="python3 -I $t/own.py"
+  printf 'import os, sys\nos.setsid()\nos.execvp(sys.argv[1], sys.argv[1:])\n' >"$t/own.py"
+fi
+[ -d "${TMPDIR:-/tmp}" ] || { mkdir -p "$root/tmp" && TMPDIR=$root/tmp && export TMPDIR; }
+
 (
   # Caught, not ignored: what is started from here must be able to hear it.
   trap : TERM INT HUP
   (
     BRIDGE_GRID_JOB=$job.$name
     export BRIDGE_GRID_JOB
-    exec 9>"$root/pid"
-    exec sh -c 'echo "$$" >&9; exec 9>&-; exec sh "$@"' sh "$root/start" "$root" "$mask"
+    exec 9>"$root/pid.new"
+    # shellcheck disable=SC2086
+    exec $own sh -c 'echo "$$" >&9; exec 9>&-; mv "$1/pid.new" "$1/pid"; exec sh "$1/start" "$@"' sh "$root" "$mask"
   )
   echo "$?" >"$root/rc.new" && mv "$root/rc.new" "$root/rc"
 ) >"$log" 2>&1 &
 runner=$!
 
-began=$(date +%s) looked=$began handed=$began stop_at=0 ticks=0
+# Ends the job's processes should we be killed; in a session of its own for the same reason.
+# shellcheck disable=SC2086
+$own sh -c '
+  trap "" HUP INT
+  cd /
+  . "$1"
+  while lives "$2"; do sleep 2; done
+  _pid=$(cat "$4/pid" 2>/dev/null)
+  [ -n "$5" ] || _pid=none
+  sweep "$3" "$4" "${_pid:-none}"
+  rm -rf "$4"
+' guard "$t/sweep" "$$" "$mark" "$root" "$own" >/dev/null 2>&1 </dev/null &
+guard=$!
+
+# Its process, which is also its session's number.
+find_script() {
+  [ -n "$pid" ] || { [ ! -f "$root/pid" ] || read -r pid <"$root/pid"; }
+  [ -z "$own" ] || session=$pid
+}
+
+tick
+began=$now looked=$now handed=$now stop_at=0 ticks=0 pid=''
 while ! [ -f "$root/rc" ]; do
-  # Bash and dash reap children while they wait for others.
-  kill -0 "$runner" 2>/dev/null || [ -f "$root/rc" ] || break
+  find_script
+  # Who waits for the script may be ended by it; then we look after it ourselves.
+  lives "$runner" || { [ -n "$pid" ] && lives "$pid"; } || break
   # Short jobs are noticed soon, long ones are not asked all the time.
   if [ "$ticks" -lt 100 ]; then sleep 0.1 2>/dev/null || sleep 1; else sleep 1; fi
   ticks=$((ticks + 1))
-  now=$(date +%s)
+  tick
   if [ -z "$why" ]; then
     if [ -n "$term" ]; then
       # The site ends us, for a kill or for reasons of its own; there are some seconds left.
@@ -395,20 +607,22 @@ while ! [ -f "$root/rc" ]; do
       case $status in Killed | Deleted) why=cancelled ;; *) why=term ;; esac
     elif [ $((now - looked)) -ge "$looks" ]; then
       looked=$now patience=20
-      look && case $status in Killed | Deleted) why=cancelled ;; esac
+      # What DIRAC has given up is nobody's any more.
+      look && case $status in Killed | Deleted) why=cancelled ;; Failed | Done) why=over ;; esac
       patience=60
     fi
     [ -n "$why" ] || [ "$wall" -eq 0 ] || [ $((now - began)) -lt "$wall" ] || why=timeout
     if [ -n "$why" ]; then
       [ "$why" != cancelled ] || : >"$dir/cancelled"
-      kill -TERM "$(cat "$root/pid" 2>/dev/null)" 2>/dev/null
+      [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null
+      tick
       stop_at=$((now + grace))
       [ -z "$term" ] || stop_at=$((now + 2))
     fi
   else
     [ -z "$term" ] || [ "$stop_at" -le $((now + 2)) ] || stop_at=$((now + 2))
     if [ "$now" -ge "$stop_at" ]; then
-      sweep
+      sweep "$mark" "$root" "${session:-none}"
       break
     fi
   fi
@@ -418,10 +632,14 @@ while ! [ -f "$root/rc" ]; do
     piece
     # Whoever reads the log asks for it only when there is news of it.
     [ "$shown" = "$pieces" ] || { tell "$running pieces=$pieces" && shown=$pieces; }
-    patience=60 handed=$(date +%s)
+    patience=60
+    tick
+    handed=$now
   fi
 done
-[ -f "$root/rc" ] || [ -n "$why" ] || wait "$runner"
-[ -z "$why" ] || sweep
+[ -f "$root/rc" ] || [ -n "$why" ] || ! lives "$runner" || wait "$runner"
 rc=$(cat "$root/rc" 2>/dev/null)
+find_script
+# Without its exit status and without its own word nobody knows how it ended.
+[ -n "$rc" ] || [ -n "$why" ] || [ -f "$dir/result" ] || broken "the job ended the process that waits for it"
 finish "${rc:-143}" script

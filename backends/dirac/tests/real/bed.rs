@@ -109,6 +109,27 @@ fn text(out: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
 }
 
+/// Sets a job's statuses, as other parts of DIRAC do: `(status, minor status)` in this order.
+pub(crate) async fn set_status(bed: &Bed, who: &str, id: &str, statuses: &[(&str, &str)]) {
+    let token = std::fs::read_to_string(bed.path().join(format!("state/{who}.token"))).unwrap();
+    let http = reqwest::Client::builder().no_proxy().tls_certs_only([]).build().unwrap();
+    for (status, minor) in statuses {
+        let time = Command::new("date").args(["-u", "+%FT%T.%6N+00:00"]).output().unwrap();
+        let time = String::from_utf8(time.stdout).unwrap().trim().to_owned();
+        let change = serde_json::json!({"Status": status, "MinorStatus": minor, "Source": "test"});
+        let answer = http
+            .patch(format!("{}/api/jobs/status", bed.url))
+            .bearer_auth(token.trim())
+            .header("content-type", "application/json")
+            .body(serde_json::json!({ id: { time: change } }).to_string())
+            .send()
+            .await
+            .unwrap();
+        let answer = answer.text().await.unwrap();
+        assert!(answer.contains(&format!("\"Status\":\"{status}\"")), "{status}: {answer}");
+    }
+}
+
 /// Opens a backend.
 pub(crate) fn open(url: &str, token_file: &Utf8Path, more: &str) -> Arc<dyn Backend> {
     let table = format!("url = '{url}'\ntoken_file = '{token_file}'\n{more}");
@@ -154,7 +175,19 @@ impl Site {
     }
 
     pub(crate) async fn submit(&self, spec: &JobSpec) -> JobRef {
+        self.submit_as(token(), spec).await
+    }
+
+    /// Submits a job whose worker is odd, in the words of the bed's site.
+    pub(crate) async fn submit_to(&self, odd: &str, spec: &JobSpec) -> JobRef {
         let token = token();
+        let workers = self.bed.path().join("workers");
+        std::fs::create_dir_all(&workers).unwrap();
+        std::fs::write(workers.join(token.as_str()), odd).unwrap();
+        self.submit_as(token, spec).await
+    }
+
+    async fn submit_as(&self, token: SubmitToken, spec: &JobSpec) -> JobRef {
         // SQLite under parallel requests fails one now and then.
         let submitted =
             until(format!("{token:?}"), async || match self.backend.submit(&token, spec).await {

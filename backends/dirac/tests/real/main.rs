@@ -15,6 +15,14 @@ mod failures;
 #[cfg(test)]
 mod jobs;
 #[cfg(test)]
+mod network;
+#[cfg(test)]
+mod payloads;
+#[cfg(test)]
 mod proxy;
 #[cfg(test)]
+mod statuses;
+#[cfg(test)]
 mod tokens;
+#[cfg(test)]
+mod workers;

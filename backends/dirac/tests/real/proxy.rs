@@ -20,6 +20,8 @@ pub(crate) enum Mischief {
     LoseAnswer,
     /// It is answered so.
     Say(u16, &'static str),
+    /// Half of its answer comes, and then the connection ends.
+    Cut,
     /// In its answer every job has this status.
     Status(String),
     /// It waits here until this is closed.
@@ -30,6 +32,8 @@ pub(crate) enum Mischief {
 struct Inner {
     asked: BTreeMap<String, usize>,
     mischief: Vec<(&'static str, Mischief)>,
+    away: bool,
+    store: Option<String>,
 }
 
 /// A proxy before a bed's server.
@@ -64,6 +68,18 @@ impl Proxy {
         self.inner.lock().unwrap().mischief.push((begin, mischief));
     }
 
+    /// Stands before the store of sandboxes as well, whose requests then begin with `/store`.
+    pub(crate) fn also_before_the_store(&self) {
+        let (host, port) = self.to.rsplit_once(':').unwrap();
+        let port: u16 = port.parse().unwrap();
+        self.inner.lock().unwrap().store = Some(format!("{host}:{}", port + 1));
+    }
+
+    /// Loses every question, or lets them pass again.
+    pub(crate) fn away(&self, away: bool) {
+        self.inner.lock().unwrap().away = away;
+    }
+
     /// Says whether all mischief was done.
     pub(crate) fn is_honest(&self) -> bool {
         self.inner.lock().unwrap().mischief.is_empty()
@@ -93,11 +109,12 @@ async fn pass(State(proxy): State<Proxy>, request: Request) -> Response {
     let body = axum::body::to_bytes(body, 1 << 30).await.unwrap();
     let target = head.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
     let what = format!("{} {target}", head.method);
-    let mischief = {
+    let (mischief, store) = {
         let mut inner = proxy.inner.lock().unwrap();
         *inner.asked.entry(what.clone()).or_default() += 1;
         let at = inner.mischief.iter().position(|(begin, _)| what.starts_with(begin));
-        at.map(|at| inner.mischief.remove(at).1)
+        let mischief = at.map(|at| inner.mischief.remove(at).1);
+        (if inner.away { Some(Mischief::LoseQuestion) } else { mischief }, inner.store.clone())
     };
     match &mischief {
         Some(Mischief::LoseQuestion) => return broken(),
@@ -107,9 +124,13 @@ async fn pass(State(proxy): State<Proxy>, request: Request) -> Response {
             return response;
         }
         Some(Mischief::Hold(gate)) => assert!(gate.acquire().await.is_err(), "it is only closed"),
-        Some(Mischief::LoseAnswer | Mischief::Status(_)) | None => {}
+        Some(Mischief::LoseAnswer | Mischief::Cut | Mischief::Status(_)) | None => {}
     }
-    let mut ask = proxy.http.request(head.method, format!("{}{target}", proxy.to)).body(body);
+    let to = match (&store, target.strip_prefix("/store")) {
+        (Some(store), Some(rest)) => format!("{store}{rest}"),
+        (Some(_), None) | (None, _) => format!("{}{target}", proxy.to),
+    };
+    let mut ask = proxy.http.request(head.method, to).body(body);
     for (name, value) in &head.headers {
         if !matches!(name.as_str(), "host" | "content-length" | "connection" | "transfer-encoding")
         {
@@ -121,8 +142,24 @@ async fn pass(State(proxy): State<Proxy>, request: Request) -> Response {
     };
     let (status, headers) = (answer.status(), answer.headers().clone());
     let mut bytes = answer.bytes().await.unwrap_or_default();
+    if let Some(store) = &store
+        && target.starts_with("/api/jobs/sandbox")
+    {
+        let text = String::from_utf8_lossy(&bytes).replace(store, &format!("{}/store", proxy.url));
+        bytes = Bytes::from(text);
+    }
     match mischief {
         Some(Mischief::LoseAnswer) => return broken(),
+        Some(Mischief::Cut) => {
+            let half = bytes.slice(..bytes.len() / 2);
+            let stream = futures_util::stream::iter([
+                Ok(half),
+                Err::<Bytes, _>(std::io::Error::other("cut")),
+            ]);
+            let mut response = Response::new(Body::from_stream(stream));
+            response.headers_mut().insert("content-length", bytes.len().into());
+            return response;
+        }
         Some(Mischief::Status(word)) => {
             let text = String::from_utf8_lossy(&bytes).into_owned();
             let mut parts = text.split("\"Status\":\"");
