@@ -195,8 +195,8 @@ async fn a_file_that_breaks_is_said_at_once_and_jobs_go_on() {
         match break_it {
             "truncate" => private(&path, good.split_at(good.len() / 2).0),
             "open" => {
-                std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o644))
-                    .unwrap()
+                let all = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+                std::fs::set_permissions(&path, all).unwrap();
             }
             _ => std::fs::remove_file(&path).unwrap(),
         }
