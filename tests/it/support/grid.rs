@@ -40,9 +40,11 @@ pub(crate) struct Grid {
 impl Grid {
     /// Gives the one that tests share; each has a job group of its own there.
     ///
+    /// Its site is slow to tell jobs that they were killed, as DIRAC is, so that they must look themselves.
     /// It goes when this process does: a static is never dropped, but the bed looks after its owner.
     pub(crate) fn shared() -> Arc<Self> {
-        static SHARED: LazyLock<Arc<Grid>> = LazyLock::new(|| Grid::begin("shared", &[]));
+        static SHARED: LazyLock<Arc<Grid>> =
+            LazyLock::new(|| Grid::begin("shared", &["--beat", "60"]));
         Arc::clone(&SHARED)
     }
 
