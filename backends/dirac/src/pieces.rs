@@ -113,8 +113,8 @@ impl Heard {
 #[derive(Debug)]
 struct Entry {
     known: Arc<AsyncMutex<Known>>,
-    /// What the last poll said, if there was one, and under which name.
-    heard: Option<(SubmitToken, Heard)>,
+    /// What the last poll said, if there was one, under which name, and when.
+    heard: Option<(SubmitToken, Heard, Instant)>,
     touched: Instant,
     /// What a job that DIRAC calls over has left as its last word, and when DIRAC's word was new.
     words: Option<(Option<String>, Option<String>)>,
@@ -145,7 +145,7 @@ impl Shelf {
 
     /// Remembers what a poll said of a job of this name.
     pub(crate) fn polled(&self, id: u64, name: &SubmitToken, heard: Heard) {
-        self.with(id, |entry| entry.heard = Some((name.clone(), heard)));
+        self.with(id, |entry| entry.heard = Some((name.clone(), heard, Instant::now())));
         self.tidy(FORGOTTEN_AFTER);
     }
 
@@ -164,20 +164,24 @@ impl Shelf {
     pub(crate) fn gone(&self, id: u64, name: &SubmitToken) {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let heard = entries.get_mut(&id).and_then(|entry| entry.heard.as_mut());
-        if let Some((_, heard)) = heard.filter(|(heard_of, _)| heard_of == name) {
+        if let Some((_, heard, _)) = heard.filter(|(heard_of, ..)| heard_of == name) {
             *heard = Heard { over: true, length: None, ..*heard };
         }
     }
 
-    fn heard(&self, id: u64) -> Option<Heard> {
-        self.with(id, |entry| entry.heard.as_ref().map(|(_, heard)| *heard))
+    /// Gives what a poll said not longer ago than this.
+    fn heard(&self, id: u64, within: Duration) -> Option<Heard> {
+        let fresh = |(_, heard, at): &(SubmitToken, Heard, Instant)| {
+            (heard.over || at.elapsed() <= within).then_some(*heard)
+        };
+        self.with(id, |entry| entry.heard.as_ref().and_then(fresh))
     }
 
     /// Says whether a poll found the job under this name.
     pub(crate) fn is_ours(&self, id: u64, name: &SubmitToken) -> bool {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let heard = entries.get(&id).and_then(|entry| entry.heard.as_ref());
-        heard.is_some_and(|(heard_of, _)| heard_of == name)
+        heard.is_some_and(|(heard_of, ..)| heard_of == name)
     }
 
     /// Forgets jobs of which a late poll told after they were released.
@@ -330,11 +334,13 @@ impl Dirac {
         let known = self.shelf.of(id);
         let mut known = known.lock().await;
         // The state is asked first: what an ended job has not handed in by then it never will.
-        let heard = match self.shelf.heard(id) {
+        // Whoever reads logs polls as well, more often than this; who does not is served all the same.
+        let within = self.config.log_interval * 12;
+        let heard = match self.shelf.heard(id, within) {
             Some(heard) => heard,
             None => {
                 let over = self.is_over(job).await?;
-                self.shelf.heard(id).unwrap_or(Heard { over, ..Heard::default() })
+                self.shelf.heard(id, within).unwrap_or(Heard { over, ..Heard::default() })
             }
         };
         if heard.length.is_some_and(|length| from >= length) {
