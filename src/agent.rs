@@ -172,6 +172,8 @@ pub struct Shared {
     pub wake: Arc<dyn Fn() + Send + Sync>,
     /// Called with the status of every answer; `None` if there was none.
     pub counted: Listener<Option<u16>>,
+    /// Tells whether the operator of a backend must act before it takes jobs.
+    pub shut: Arc<dyn Fn(&BackendName) -> bool + Send + Sync>,
     /// Called when a job became a row, with its wait in GitLab's queue if GitLab said.
     pub received: Listener<Option<Duration>>,
     /// Why jobs are not taken.
@@ -491,6 +493,9 @@ impl Inner {
                 let reason = asked.health.reason().unwrap_or("it refuses");
                 return Some(format!("GitLab refuses the runner: {reason}"));
             }
+        }
+        if (self.shared.shut)(&self.settings.backend) {
+            return Some(format!("the backend {} waits for its operator", self.settings.backend));
         }
         if self.shared.store.is_failing()
             && let Err(error) = self.shared.store.probe().await

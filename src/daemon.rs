@@ -444,12 +444,13 @@ impl Daemon {
         let stop = self.running.lock().unwrap_or_else(PoisonError::into_inner).agents.clone();
         let (counting, receiving) = (Arc::clone(&self.metrics), Arc::clone(&self.metrics));
         let (labels, labels_too) = (self.labels.clone(), self.labels.clone());
-        let reconciler = self.reconciler.clone();
+        let (reconciler, watching) = (self.reconciler.clone(), self.reconciler.clone());
         let shared = Shared {
             store: self.store.clone(),
             clock: Arc::clone(&self.clock),
             random,
             wake: Arc::new(move || reconciler.wake()),
+            shut: Arc::new(move |backend| watching.waits_for_operator(backend)),
             counted: Arc::new(move |runner, status| {
                 counting.api_request(&labels.of(runner), "request_job", status);
             }),

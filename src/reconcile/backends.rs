@@ -38,6 +38,8 @@ pub(in crate::reconcile) struct BackendWatch {
     /// Since when every poll was answered.
     answers_since: Option<Timestamp>,
     failures: u32,
+    /// When a job was last found to wait for the operator.
+    pub(in crate::reconcile) shut_at: Option<Timestamp>,
     /// The last poll's error, for `health`.
     pub(in crate::reconcile) trouble: Option<String>,
 }
@@ -107,6 +109,11 @@ impl Inner {
         desk.backends.entry(backend.clone()).or_default().moved_at = Some(now);
         drop(desk);
         self.wake.notify_one();
+    }
+
+    /// Notes whether a backend takes no jobs until its operator has acted.
+    pub(in crate::reconcile) fn shut(&self, backend: &BackendName, at: Option<Timestamp>) {
+        self.desktop().backends.entry(backend.clone()).or_default().shut_at = at;
     }
 
     /// Tells since when a backend's silence about a job counts: our own absence proves nothing, and

@@ -332,6 +332,7 @@ impl Step<'_> {
     async fn wait_for_operator(&mut self, why: String) -> Result<Flow, StepError> {
         let now = self.now();
         self.job.due_at = policy::after(now, policy::back_off(self.job.failures).min(MENDED));
+        self.r.shut(&self.job.backend, Some(now));
         if self.job.waits_for.as_deref() != Some(FOR_OPERATOR) {
             let text = format!(
                 "The runner cannot use the backend {} now, and its operator must act. \
@@ -352,6 +353,7 @@ impl Step<'_> {
             Some(FOR_OPERATOR) => "The runner can use the backend again; the job goes on.\n",
             Some(_) | None => "",
         };
+        self.r.shut(&self.job.backend, None);
         let text = format!("{again}Submitted to {} as job {id}.", self.job.backend);
         if let Err(error) = self.remark(Style::Plain, &text).await {
             // The id is worth more than a line about it.

@@ -185,6 +185,9 @@ pub(in crate::reconcile) enum News {
 /// The most time between two sweeps.
 const SWEEP_MOST: Duration = Duration::from_secs(1);
 
+/// How long a backend that wants its operator to act counts as such after a job found it so.
+const SHUT_FOR: Duration = Duration::from_secs(60);
+
 /// What a job waits for whose backend wants the operator to act first.
 pub(in crate::reconcile) const FOR_OPERATOR: &str = "the runner's operator";
 
@@ -309,6 +312,14 @@ impl Reconciler {
     /// Has the loop look at once.
     pub fn wake(&self) {
         self.0.wake.notify_one();
+    }
+
+    /// Tells whether jobs wait for the operator of this backend: more of them would wait as well, while
+    /// another runner might take them.
+    pub fn waits_for_operator(&self, backend: &BackendName) -> bool {
+        let shut_at = self.0.desktop().backends.get(backend).and_then(|watch| watch.shut_at);
+        // Those that wait try again in less; of jobs that are gone nothing is heard any more.
+        shut_at.is_some_and(|at| policy::since(self.0.clock.now(), at) < SHUT_FOR)
     }
 
     /// Sweeps until shutdown is asked for.
