@@ -335,6 +335,11 @@ impl Verdict {
         )
     }
 
+    /// Decides about a job that did its work and whose artifacts never came home.
+    pub fn outputs_lost(why: &str) -> Self {
+        Self::failed(FailureReason::RunnerSystemFailure, None, why.to_owned())
+    }
+
     /// Gives the trace's last line, without styles: as gitlab-runner words it.
     pub fn last_line(&self) -> String {
         match (self.failure, &self.explanation) {

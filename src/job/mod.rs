@@ -345,6 +345,8 @@ pub struct Plan {
     transfers: artifacts::Transfers,
     caches: cache::Caches,
     git_started: AtomicU32,
+    /// The script writes to `GITLAB_ENV`, as far as can be seen.
+    says_more: bool,
     runner: RunnerContext,
 }
 
@@ -477,6 +479,10 @@ pub fn plan_at(
             .map_or(timeout, |limit| limit.min(timeout)),
         transfers: artifacts::Transfers::of(payload, &settings, &variables),
         git_started: AtomicU32::new(0),
+        says_more: payload
+            .steps
+            .iter()
+            .any(|step| step.script.iter().any(|line| line.contains("GITLAB_ENV"))),
         runner: runner.clone(),
         project_dir,
         temp_dir,

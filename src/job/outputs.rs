@@ -26,7 +26,10 @@ const STAGE: &str = "collect_outputs";
 /// Where a script leaves `GITLAB_ENV`'s file to be brought home: nothing beside the workspace is.
 pub(super) const TRAVELLING_ENV: &str = ".bridge-gitlab-env";
 
-/// Asks for everything.
+/// The repository, which comes home only by its name.
+const GIT: &str = ".git";
+
+/// Asks for everything else.
 const ALL: &str = "**";
 
 impl Plan {
@@ -37,15 +40,11 @@ impl Plan {
         }
         let mut names = Vec::new();
         for artifact in &self.transfers.artifacts {
-            if artifact.untracked {
-                names.push(ALL.to_owned());
-            }
+            self.untracked_from(artifact.untracked, &mut names);
             names.extend(artifact.paths.iter().filter_map(|path| self.output(path)));
         }
         for (paths, untracked) in self.caches.kept() {
-            if untracked {
-                names.push(ALL.to_owned());
-            }
+            self.untracked_from(untracked, &mut names);
             // These are expanded already.
             names.extend(paths.iter().filter_map(|path| within(path, &self.project_dir)));
         }
@@ -53,7 +52,7 @@ impl Plan {
             return Vec::new();
         }
         if names.iter().any(|name| name == ALL) {
-            names = vec![ALL.to_owned()];
+            names.retain(|name| name == ALL || name.starts_with(GIT));
         }
         names.push(TRAVELLING_ENV.to_owned());
         let mut seen = std::collections::HashSet::new();
@@ -61,12 +60,23 @@ impl Plan {
         names.into_iter().map(Pattern).collect()
     }
 
+    /// Asks for what git does not track: it may be anywhere, and only the repository knows.
+    fn untracked_from(&self, untracked: bool, names: &mut Vec<String>) {
+        if untracked {
+            names.push(ALL.to_owned());
+            if self.fetches_itself() {
+                names.push(GIT.to_owned());
+            }
+        }
+    }
+
     /// Makes a pattern of an artifact's path, as far as it is known before the job has run.
     fn output(&self, path: &str) -> Option<String> {
         let unknown = AtomicBool::new(false);
         let lookup = |name: &str| {
             let known = self.env.iter().rev().find(|var| var.name == name);
-            if known.is_none() {
+            // The script may give any name another value, but for those that nobody would.
+            if known.is_none() || (self.says_more && !name.starts_with("CI_")) {
                 unknown.store(true, std::sync::atomic::Ordering::Relaxed);
             }
             known.map(|var| var.value.expose_secret())
@@ -94,7 +104,7 @@ impl Plan {
         hands::make_dir(&root).await.map_err(&broken)?;
         let cleared = blocking(STAGE, move || -> Result<(), String> {
             let selection = archive::select(&root, &wanted, &flag)
-                .map_err(|error| crate::telemetry::Chain(&error).to_string())?;
+                .map_err(|error| crate::cache::chain(&error))?;
             let names = selection.entries.iter();
             let names = names.filter(|entry| entry.kind != archive::Kind::Directory);
             hands::remove_files(&root, names.map(|entry| entry.name.as_slice()), &flag)
@@ -144,7 +154,7 @@ fn within(path: &str, project_dir: &Utf8Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::super::tests::{payload, runner};
-    use super::super::{OnBackend, RunnerContext, Slot, plan};
+    use super::super::{FetchedBy, OnBackend, RunnerContext, Slot, plan};
     use super::*;
     use crate::gitlab::wire::{Artifact, Cache};
 
@@ -189,11 +199,39 @@ mod tests {
     }
 
     #[test]
+    fn what_the_script_may_name_anew_is_looked_for_everywhere() {
+        let mut payload = payload(&[("DIR", "out")]);
+        payload.artifacts = vec![Artifact {
+            paths: vec!["$DIR/x".into(), "$CI_PROJECT_DIR/y".into()],
+            ..Artifact::default()
+        }];
+        let outputs = |payload: &crate::gitlab::wire::JobPayload| {
+            let plan = plan(payload, &on_a_grid(), Slot::default()).unwrap();
+            plan.outputs().into_iter().map(|pattern| pattern.0).collect::<Vec<_>>()
+        };
+        assert_eq!(outputs(&payload), ["out/x", "y", TRAVELLING_ENV]);
+        payload.steps = vec![crate::gitlab::wire::Step {
+            name: "script".into(),
+            script: vec!["echo DIR=new >>$GITLAB_ENV".into()],
+            ..crate::gitlab::wire::Step::default()
+        }];
+        assert_eq!(outputs(&payload), ["**", TRAVELLING_ENV]);
+    }
+
+    #[test]
     fn untracked_files_may_be_anywhere() {
         let mut payload = payload(&[]);
         payload.artifacts = vec![Artifact { untracked: true, ..Artifact::default() }];
-        let plan = plan(&payload, &on_a_grid(), Slot::default()).unwrap();
-        assert_eq!(plan.outputs().first().map(|pattern| pattern.0.as_str()), Some("**"));
+        let mut grid = on_a_grid();
+        for (sources, expected) in [
+            (FetchedBy::SubmitNode, vec!["**", TRAVELLING_ENV]),
+            (FetchedBy::Job, vec!["**", ".git", TRAVELLING_ENV]),
+        ] {
+            grid.sources = sources;
+            let plan = plan(&payload, &grid, Slot::default()).unwrap();
+            let outputs: Vec<String> = plan.outputs().into_iter().map(|p| p.0).collect();
+            assert_eq!(outputs, expected);
+        }
     }
 
     #[tokio::test]

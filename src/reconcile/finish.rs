@@ -109,6 +109,19 @@ impl Uncollected {
     }
 }
 
+/// What became of bringing outputs home.
+enum Collected {
+    /// They are here, or there are none.
+    Home,
+    /// They will never be.
+    Lost,
+    /// That is to be tried again, or the job does not go on.
+    Later(Flow),
+}
+
+/// How the problem of artifacts begins whose files never came home.
+const OUTPUTS_LOST: &str = "what the job wrote is lost";
+
 /// Packing and uploading share one section, however many artifacts and attempts there are.
 const UPLOADING: Stage<'static> = Stage { section: None, until: Until::Done };
 
@@ -226,11 +239,13 @@ impl Step<'_> {
         plan: &Plan,
         verdict: &Verdict,
     ) -> Result<Option<Flow>, StepError> {
-        if let Some(flow) = self.collect(prepared, plan).await? {
-            return Ok(Some(flow));
-        }
+        let lost = match self.collect(prepared, plan).await? {
+            Collected::Home => false,
+            Collected::Lost => true,
+            Collected::Later(flow) => return Ok(Some(flow)),
+        };
         let ended = if self.went_well() { Ended::Succeeded } else { Ended::Failed };
-        if plan.archives_caches(ended) {
+        if plan.archives_caches(ended) && !lost {
             let title = match ended {
                 Ended::Succeeded => "Saving cache for successful job",
                 Ended::Failed => "Saving cache for failed job",
@@ -260,16 +275,15 @@ impl Step<'_> {
 
     /// Has a backend without a common file system bring home what the job wrote, as far as it was asked.
     ///
-    /// Gives the flow if that is to be tried again.
     async fn collect(
         &mut self,
         prepared: &Arc<Prepared>,
         plan: &Plan,
-    ) -> Result<Option<Flow>, StepError> {
+    ) -> Result<Collected, StepError> {
         if !self.backend.capabilities().collect || plan.outputs().is_empty() {
-            return Ok(None);
+            return Ok(Collected::Home);
         }
-        let Some(job_ref) = self.job.job_ref() else { return Ok(None) };
+        let Some(job_ref) = self.job.job_ref() else { return Ok(Collected::Home) };
         let (backend, name) = (Arc::clone(&self.backend), self.job.backend.clone());
         let reconciler = Arc::clone(self.r);
         let mut desk = self.take_desk(prepared)?;
@@ -289,19 +303,18 @@ impl Step<'_> {
         let error = match self.after_stage(desk, done).await? {
             Ok(Ok(())) => {
                 self.job.failures = 0;
-                return Ok(None);
+                return Ok(Collected::Home);
             }
             Ok(Err(error)) => error,
-            Err(flow) => return Ok(Some(flow)),
+            Err(flow) => return Ok(Collected::Later(flow)),
         };
         let now = self.now();
         let why = Chain(&error).to_string();
         let over = now >= policy::after(self.job.deadline_at, UPLOADS_END);
         if error.is_final() || over {
             self.job.failures = 0;
-            let text = format!("What the job wrote is lost: {why}");
-            self.remark(Style::Warning, &text).await?;
-            return Ok(None);
+            self.lose_outputs(plan, why).await?;
+            return Ok(Collected::Lost);
         }
         tracing::warn!(job = %self.job.id, error = %why, "what the job wrote is not at home yet");
         if self.job.failures == 0 {
@@ -312,7 +325,22 @@ impl Step<'_> {
         let wait = error.retry_after().unwrap_or_else(|| policy::back_off(self.job.failures));
         self.job.due_at = policy::after(now, wait.min(LONGEST_PAUSE));
         self.r.store.save(&self.job).await?;
-        Ok(Some(Flow::Rest))
+        Ok(Collected::Later(Flow::Rest))
+    }
+
+    /// Settles what can never come home: a part of it must not be taken for the whole.
+    async fn lose_outputs(&mut self, plan: &Plan, why: String) -> Result<(), StepError> {
+        if let Err(error) = plan.clear_outputs().await {
+            tracing::warn!(job = %self.job.id, error = %Chain(&error), "parts of outputs remain");
+        }
+        self.remark(Style::Warning, &format!("What the job wrote is lost: {why}")).await?;
+        let settled_at = Some(self.now());
+        for entry in plan.artifacts_due(self.went_well()) {
+            let problem = Some(format!("{OUTPUTS_LOST}: {why}"));
+            let upload = Upload { entry, settled_at, problem, ..Upload::default() };
+            self.r.store.note_upload(&self.job, upload).await?;
+        }
+        Ok(())
     }
 
     /// Makes durable what a stage said; gives the flow if the job does not go on.
@@ -499,7 +527,11 @@ impl Step<'_> {
             && let Some(problem) = problems.first()
             && verdict.is_success()
         {
-            *verdict = Verdict::artifacts_refused(problem);
+            *verdict = if problem.starts_with(OUTPUTS_LOST) {
+                Verdict::outputs_lost(problem)
+            } else {
+                Verdict::artifacts_refused(problem)
+            };
         }
         match self.prepared().await {
             Ok(prepared) => {

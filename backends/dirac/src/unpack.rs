@@ -223,10 +223,18 @@ impl Tree {
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut file: File =
             rustix::fs::openat(parent, *base, flags, Mode::from_raw_mode(0o600))?.into();
-        if io::copy(entry, &mut file)? != header.entry_size()? {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+        let whole = io::copy(entry, &mut file).and_then(|len| {
+            file.flush()?;
+            if len == header.entry_size()? {
+                return Ok(());
+            }
+            Err(io::ErrorKind::UnexpectedEof.into())
+        });
+        if let Err(error) = whole {
+            // Half a file is worse than none.
+            rustix::fs::unlinkat(parent, *base, AtFlags::empty())?;
+            return Err(error);
         }
-        file.flush()?;
         // Its owner reads it in any case: that is what it was brought home for.
         rustix::fs::fchmod(&file, Mode::from_raw_mode(mode | 0o400))?;
         let modified = header.mtime().ok().and_then(|time| i64::try_from(time).ok());

@@ -193,3 +193,12 @@ fn bytes_and_names_are_bounded_and_halves_are_noticed() {
     let error = unpack_tar(Box::new(io::Cursor::new(cut)), &into, 1 << 20, 10).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
 }
+
+#[test]
+fn half_a_file_is_not_left() {
+    let (_dir, into) = place();
+    let large = "x".repeat(4000);
+    let error = Evil::new().file("small", "s").file("large", &large).unpack_within(&into, 3000, 9);
+    assert_eq!(error.unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+    assert!(!into.join("large").exists());
+}

@@ -328,14 +328,14 @@ impl Plan {
         self.take_certificates_along().await?;
         let strategy = self.settings.git_strategy;
         let cleans = self.settings.git_checkout && self.settings.git_clean_flags == ["-ffdx"];
-        if leftovers::is_repository(&self.project_dir).await.map_err(&broken)?
-            && strategy != GitStrategy::Clone
-        {
+        // What travels need not be brought up to date over there.
+        let anew = strategy == GitStrategy::Clone || self.runner.backend.sandbox;
+        if !anew && leftovers::is_repository(&self.project_dir).await.map_err(&broken)? {
             let git_dir = self.project_dir.join(".git");
             leftovers::disarm(&git_dir, repository.config_file()).await.map_err(&broken)?;
             let config = Repository::submodule_config(repository.sha256, None);
             leftovers::disarm_modules(&git_dir, &config).await.map_err(&broken)?;
-        } else if strategy == GitStrategy::Clone || cleans {
+        } else if anew || cleans {
             // Without a repository cleaning would remove all of it; so it need not travel.
             hands::remove(&self.project_dir).await.map_err(&broken)?;
             hands::make_dir(&self.project_dir).await.map_err(&broken)?;

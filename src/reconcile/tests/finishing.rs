@@ -284,15 +284,20 @@ async fn what_a_job_wrote_elsewhere_is_brought_home_in_the_end() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_brought_home_is_said_and_is_no_hang() {
+async fn what_cannot_be_brought_home_makes_a_green_job_red() {
     let bed = away().await;
     let case = bed.running(keeping("lost")).await;
-    bed.world.leave(&case.token, "out/a.txt", "alpha");
+    // Half of it may be here already.
+    write(&bed, &case, "out/a.txt", "al");
     bed.world.trouble(Verb::Collect, Trouble::Fail(ErrorKind::Lost));
     let view = ended(&bed, &case, 0).await;
     assert!(bed.gitlab.artifacts(case.ci_job).is_empty());
     let text = bed.text(case.ci_job);
     assert!(text.contains("What the job wrote is lost: "), "{view:?} {text}");
-    assert!(text.contains("ERROR: No files to upload"), "{text}");
+    assert!(text.contains("Job failed (system failure): what the job wrote is lost"), "{text}");
+    assert_eq!(view.status, Status::Failed);
+    assert_eq!(view.failure_reason.as_deref(), Some("runner_system_failure"));
+    let workspace = bed.world.job(&case.token).unwrap().spec.workspace;
+    assert!(!workspace.join("out/a.txt").exists(), "a part would be taken for the whole");
     bed.assert_well();
 }
