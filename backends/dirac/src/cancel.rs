@@ -43,19 +43,36 @@ impl Dirac {
         }
         let mut ids: Vec<u64> = ours.keys().copied().collect();
         ids.sort_unstable();
-        let rows = self.jobs_of_ids(&ids, HISTORY).await?;
+        let mut missed = self.kill_once(&ids, &ours).await?;
+        if !missed.is_empty() {
+            // Something was written into their histories meanwhile; now it is known.
+            missed = self.kill_once(&missed, &ours).await?;
+        }
+        if missed.is_empty() {
+            return Ok(());
+        }
+        let error = transient("kill jobs for sure");
+        debug_assert!(error.kind() == ErrorKind::Transient);
+        let missed: Vec<String> = missed.iter().map(u64::to_string).collect();
+        Err(error.with_source(format!("DIRAC did not take it for {}", missed.join(", "))))
+    }
+
+    /// Kills those that can be killed, and gives those for which it was not taken.
+    async fn kill_once(&self, ids: &[u64], ours: &HashMap<u64, &str>) -> Result<Vec<u64>> {
+        let rows = self.jobs_of_ids(ids, HISTORY).await?;
         let wanted: Vec<&Row> = rows
             .iter()
             .filter(|row| row.name.as_deref() == ours.get(&row.id).copied())
             .filter(|row| verdict::can_be_killed(row.status()) && !verdict::has_ended(row))
             .collect();
+        let mut missed = Vec::new();
         for rows in wanted.chunks(AT_ONCE) {
-            self.kill_these(rows).await?;
+            missed.extend(self.kill_these(rows).await?);
         }
-        Ok(())
+        Ok(missed)
     }
 
-    async fn kill_these(&self, rows: &[&Row]) -> Result<()> {
+    async fn kill_these(&self, rows: &[&Row]) -> Result<Vec<u64>> {
         let mut body = Map::new();
         for row in rows {
             let change = json!({
@@ -76,7 +93,8 @@ impl Dirac {
             // One that vanished or became another's spoils it for all; halves find out which.
             let (one, other) = rows.split_at(rows.len() / 2);
             let first = Box::pin(self.kill_these(one)).await;
-            return Box::pin(self.kill_these(other)).await.and(first);
+            let second = Box::pin(self.kill_these(other)).await;
+            return Ok([first?, second?].concat());
         }
         if !answer.ok() {
             return Err(refused(context, &answer));
@@ -88,13 +106,7 @@ impl Dirac {
             // Ended meanwhile is fine; ignored or refused while it can be killed is not.
             status.is_none_or(|status| status != "Killed" && verdict::can_be_killed(status))
         });
-        let missed: Vec<String> = missed.map(|row| row.id.to_string()).collect();
-        if missed.is_empty() {
-            return Ok(());
-        }
-        let error = transient("kill jobs for sure");
-        debug_assert!(error.kind() == ErrorKind::Transient);
-        Err(error.with_source(format!("DIRAC did not take it for {}", missed.join(", "))))
+        Ok(missed.map(|row| row.id).collect())
     }
 }
 

@@ -34,6 +34,15 @@ pub(crate) struct Wishes {
 impl Wishes {
     /// Reads and checks a job's options; the error is for the job's author.
     pub(crate) fn of_job(options: &toml::Table) -> Result<Self, String> {
+        // One by one, so that what is wrong has a name.
+        for (key, value) in options {
+            let one = toml::Table::from_iter([(key.clone(), value.clone())]);
+            let read: Result<Self, toml::de::Error> = toml::Value::Table(one).try_into();
+            read.map_err(|error| match error.message() {
+                text if text.contains(key) => text.to_owned(),
+                text => format!("`{key}`: {text}"),
+            })?;
+        }
         let wishes: Self = toml::Value::Table(options.clone())
             .try_into()
             .map_err(|error: toml::de::Error| error.message().to_owned())?;
@@ -187,6 +196,7 @@ mod tests {
             ("banned_sites = ['a{b}']", "banned_sites"),
             ("cpu_time = 5", "cpu_time"),
             ("cpu_time = -5", "below"),
+            ("cpu_time = '-5'", "cpu_time"),
             ("cpu_time = 'soon'", "soon"),
             ("processors = 0", "processors"),
             ("priority = 99", "priority"),

@@ -484,17 +484,16 @@ impl Renewal {
             if state.spent.contains(name) {
                 return lost(state, "its refresh token was used before".to_owned());
             }
-            if state.doubt.as_ref() == Some(name) {
-                match self.is_good(&held.access, name).await? {
-                    Some(true) => state.doubt = None,
-                    Some(false) => {
-                        let why =
-                            "the answer to its last renewal was lost, and the new token with it";
-                        return lost(state, why.to_owned());
-                    }
-                    // Nobody can look any more, and there is nothing left to lose.
-                    None => {}
+            // An earlier process may have sent it and died before the answer came. Nothing here would
+            // know of it, so the server is asked every time.
+            match self.is_good(&held.access, name).await? {
+                Some(true) => state.doubt = None,
+                Some(false) => {
+                    let why = "the answer to its last renewal was lost, and the new token with it";
+                    return lost(state, why.to_owned());
                 }
+                // Nobody can look any more, and there is nothing left to lose.
+                None => {}
             }
         }
         let form = url::form_urlencoded::Serializer::new(String::new())

@@ -103,6 +103,8 @@ pub(crate) enum FileError {
     },
     #[error("use the token file {path}: other users can read it; chmod 600 it")]
     Readable { path: Utf8PathBuf },
+    #[error("use the token file {path}: it is no file")]
+    NotAFile { path: Utf8PathBuf },
     #[error("use the token file {path}: it belongs to user {owner}, neither root nor us")]
     Owner { path: Utf8PathBuf, owner: u32 },
     #[error("understand the token file {path}: {why}")]
@@ -119,6 +121,7 @@ impl FileError {
             Self::Malformed { form: Form::Credentials, .. } => Remedy::Login,
             Self::Io { .. }
             | Self::Readable { .. }
+            | Self::NotAFile { .. }
             | Self::Owner { .. }
             | Self::Malformed { .. }
             | Self::NotForLogins { .. } => Remedy::Other,
@@ -153,16 +156,22 @@ fn of_meta(meta: &fs::Metadata) -> Stamp {
     Stamp(meta.ino(), meta.size(), meta.mtime(), meta.mtime_nsec())
 }
 
+/// Opens a file without waiting for anybody, as a pipe would have it.
+fn open(path: &Utf8Path) -> io::Result<fs::File> {
+    let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    fs::OpenOptions::new().read(true).custom_flags(flags).open(path)
+}
+
 /// Reads the file.
 pub(crate) fn read(path: &Utf8Path) -> Result<(Held, Stamp), FileError> {
-    let mut file = fs::File::open(path).map_err(failed("open", path))?;
+    let mut file = open(path).map_err(failed("open", path))?;
     let (text, stamp) = text_of(&mut file, path)?;
     match parse(&text, path) {
         Ok(held) => Ok((held, stamp)),
         Err(error) => {
             // A renewal that was cut off while it wrote has left the whole text beside.
             let side = side_of(path);
-            let mut file = fs::File::open(&side).map_err(|_none| error)?;
+            let mut file = open(&side).map_err(|_none| error)?;
             let (text, _) = text_of(&mut file, &side)?;
             Ok((parse(&text, &side)?, stamp))
         }
@@ -179,6 +188,9 @@ fn us() -> u32 {
 
 fn text_of(file: &mut fs::File, path: &Utf8Path) -> Result<(String, Stamp), FileError> {
     let meta = file.metadata().map_err(failed("look at", path))?;
+    if !meta.is_file() {
+        return Err(FileError::NotAFile { path: path.to_owned() });
+    }
     if meta.mode() & 0o077 != 0 {
         return Err(FileError::Readable { path: path.to_owned() });
     }
@@ -403,7 +415,7 @@ impl New {
 /// Looks whether a login may take the place of what is there, and gives whom the new file is for.
 fn overwritten(path: &Utf8Path) -> Result<Option<(u32, u32)>, FileError> {
     let refused = |why| Err(FileError::NotForLogins { path: path.to_owned(), why });
-    let mut file = match fs::File::open(path) {
+    let mut file = match open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let Some(parent) = path.parent() else { return Ok(None) };

@@ -1,6 +1,6 @@
 //! What travels with a job besides its workspace: the helper, its settings, script and variables.
 
-use bridge_backend::{EnvVar, JobSpec, SubmitToken};
+use bridge_backend::{EnvVar, JobSpec, Pattern, SubmitToken};
 use camino::Utf8Path;
 use secrecy::ExposeSecret as _;
 
@@ -37,7 +37,7 @@ pub(crate) fn files(
     let wall = spec.limits.wall_time.map_or(0, |limit| limit.as_secs().max(1));
     let settings = format!(
         "url={}\nname={}\nowner={}\nwall={wall}\ngrace={}\nevery={}\nlooks={}\nwaits={}\n\
-         largest={LARGEST_PIECE}\npart={LARGEST_PART}\n",
+         largest={LARGEST_PIECE}\npart={LARGEST_PART}\nrepository={}\n",
         quote(&config.worker_url),
         quote(token.as_str()),
         quote(owner),
@@ -45,6 +45,7 @@ pub(crate) fn files(
         config.log_interval.as_secs(),
         config.cancel_interval.as_secs(),
         config.worker_patience.as_secs(),
+        if asks_for_repository(&spec.outputs) { "yes" } else { "" },
     );
     let patterns: Vec<String> =
         spec.outputs.iter().filter_map(|pattern| case_pattern(&pattern.0)).collect();
@@ -55,6 +56,11 @@ pub(crate) fn files(
         ("bridge-job.script", moved(&spec.script, &spec.workspace).into_bytes()),
         (PROGRAM, HELPER.as_bytes().to_vec()),
     ]
+}
+
+/// Says whether a pattern names the workspace's repository; otherwise it does not come home.
+fn asks_for_repository(outputs: &[Pattern]) -> bool {
+    outputs.iter().any(|Pattern(glob)| glob.split('/').find(|part| *part != ".") == Some(".git"))
 }
 
 /// Writes the environment as shell; later entries win because they come later.

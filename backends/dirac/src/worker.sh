@@ -412,7 +412,6 @@ printf 'host=%s\nsite=%s\nat=%s\n' "$(uname -n)" "${DIRACSITE:-}" "$(date +%s)" 
 wrap "$begin" && insist "$waits" hand_in "$t/$begin.pack" || give_up "the start could not be written down (status $code)"
 [ -z "$term" ] || give_up "it was told to end before it started"
 running="bridge: running on $(uname -n | tr -cd 'A-Za-z0-9._-')"
-tell "$running"
 
 size_of() { wc -c <"$1" 2>/dev/null | tr -d ' '; }
 
@@ -448,7 +447,8 @@ finish() { # exit code, step: writes the result unless the job did, and hands in
   fi
   # First of all, in case we are ended before the rest is done.
   leave_all
-  [ -n "$why" ] || pack
+  # Who ran out of time may have written what explains it.
+  case $why in '' | timeout) pack ;; esac
   _for=$waits
   [ -z "$term" ] || _for=10
   tick
@@ -457,7 +457,7 @@ finish() { # exit code, step: writes the result unless the job did, and hands in
     insist "$(rest)" piece || break
   done
   # That something is missing must be known at home.
-  [ -n "$why" ] || bring || outs=lost
+  case $why in '' | timeout) bring || outs=lost ;; esac
   leave_all
   end=bridge-end.$job
   { head -c 4096 "$dir/result"; printf '\nlog=%s\npieces=%s\nouts=%s\nwhy=%s\n' "$sent" "$pieces" "$outs" "$why"; } >"$t/$end"
@@ -480,29 +480,36 @@ rest() {
 pack() {
   _patterns=$(cat "$home/bridge-job.outputs" 2>/dev/null)
   [ -n "$_patterns" ] && [ -d "$root/w" ] || return 0
+  # The repository is at home already, and large.
+  _own='./.git | ./.git/*'
+  [ -z "$repository" ] || _own='./'
   _flat=''
   ! (cd "$t" && tar --no-recursion -cf /dev/null ./sweep) 2>>"$t/noise" || _flat=--no-recursion
+  # GNU tar takes a backslash in a name for the beginning of something else.
+  _verbatim=''
+  ! (cd "$t" && tar --no-unquote -cf /dev/null ./sweep) 2>>"$t/noise" || _verbatim=--no-unquote
   # Names are words of a command and never lines, so they may be anything. Without that option of
   # tar a directory would bring all it holds.
   cat >"$t/pick" <<PICK
 _n=\$#
 for _f do
   case \$_f in
+  $_own) ;;
   $_patterns) [ -z "$_flat" ] && [ -d "\$_f" ] && ! [ -h "\$_f" ] || set -- "\$@" "\$_f" ;;
   esac
 done
 shift "\$_n"
-[ "\$#" -eq 0 ] || { : >"$t/some"; tar $_flat -cf - "\$@"; [ "\$?" -le 1 ] || : >"$t/torn"; }
+[ "\$#" -eq 0 ] || { : >"$t/some"; tar $_flat $_verbatim -cf - "\$@"; [ "\$?" -le 1 ] || : >"$t/torn"; }
 PICK
   (cd "$root/w" && LC_ALL=C find . \( -type f -o -type l -o -type d \) -exec sh "$t/pick" {} + 2>"$t/pick.said" |
     if command -v gzip >/dev/null 2>&1; then gzip -nc; else cat; fi >"$root/packed") || {
     rm -f "$root/packed"
     outs=lost
-    echo "bridge: what the job wrote cannot be packed: $(tail -n 1 "$t/pick.said")" >>"$log"
+    echo "bridge: what the job wrote cannot be packed: $(grep -v "Exiting with" "$t/pick.said" | head -n 1)" >>"$log"
     return 0
   }
   [ -f "$t/some" ] || rm -f "$root/packed"
-  [ ! -f "$t/torn" ] || echo "bridge: not all of what the job wrote could be packed: $(tail -n 1 "$t/pick.said")" >>"$log"
+  [ ! -f "$t/torn" ] || echo "bridge: not all of what the job wrote could be packed: $(grep -v "Exiting with" "$t/pick.said" | head -n 1)" >>"$log"
 }
 
 # Brings home what was packed, in parts that the store takes.
@@ -582,6 +589,8 @@ $own sh -c '
   rm -rf "$4"
 ' guard "$t/sweep" "$$" "$mark" "$root" "$own" >/dev/null 2>&1 </dev/null &
 guard=$!
+# The script does not wait for this.
+tell "$running"
 
 # Its process, which is also its session's number.
 find_script() {
@@ -602,6 +611,7 @@ while ! [ -f "$root/rc" ]; do
   if [ -z "$why" ]; then
     if [ -n "$term" ]; then
       # The site ends us, for a kill or for reasons of its own; there are some seconds left.
+      [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null
       patience=3
       look
       case $status in Killed | Deleted) why=cancelled ;; *) why=term ;; esac

@@ -111,7 +111,10 @@ async fn a_kill_that_dirac_ignores_is_noticed() {
     let (site, proxy) = through_a_proxy().await;
     let job = site.run(&wait_for("never")).await;
     let ignored = "{\"success\":{\"ID\":{\"Status\":null}},\"failed\":{}}".replace("ID", &job.id.0);
-    proxy.next("PATCH /api/jobs/status", Mischief::Say(200, Box::leak(ignored.into_boxed_str())));
+    let ignored: &str = Box::leak(ignored.into_boxed_str());
+    for _ in 0..2 {
+        proxy.next("PATCH /api/jobs/status", Mischief::Say(200, ignored));
+    }
     let error = site.backend.cancel(std::slice::from_ref(&job)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Transient);
     assert!(story(&error).contains(&job.id.0), "{}", story(&error));

@@ -100,7 +100,7 @@ async fn outputs_of_any_name_and_kind_come_home() {
     let site = Site::on(&Bed::shared());
     let mut spec = site.spec(
         "mkdir -p out/deep/er out/empty other\n\
-         cd out\n: >'a b' && : >'-rf' && : >'*' && : >'[q]' && : >'back\\slash' && : >'--help'\n\
+         cd out\n: >'a b' && : >'-rf' && : >'*' && : >'[q]' && : >'back\\slash' && : >'x\\t\\101' && : >'--help'\n\
          : >\"$(printf 'new\\nline')\" && : >\"$(printf 'bad\\377byte')\" && : >'ä.txt'\n\
          : >deep/er/file.txt && : >top.txt && : >../other/not && : >../other/also.txt\n\
          echo 1 >first && ln first second && ln -s first link && ln -s /etc dir-link && ln -s gone broken\n\
@@ -125,6 +125,7 @@ async fn outputs_of_any_name_and_kind_come_home() {
         "*",
         "[q]",
         "back\\slash",
+        "x\\t\\101",
         "--help",
         "new\nline",
         "ä.txt",

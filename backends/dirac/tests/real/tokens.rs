@@ -186,7 +186,8 @@ async fn a_file_that_breaks_is_said_at_once_and_jobs_go_on() {
     let login = backend.login().unwrap();
     assert_eq!(login.who, "ci-robot, VO testvo, group user");
     let left = login.left.unwrap().as_secs();
-    assert!((3_500..=3_600).contains(&left), "{left}");
+    // A server's clock is read in whole seconds.
+    assert!((3_500..=3_602).contains(&left), "{left}");
     // An hour is less than a weekend.
     assert!(login.ends_soon);
     for (break_it, named) in
