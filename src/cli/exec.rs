@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use camino::{Utf8Path, Utf8PathBuf};
 use clap::Args;
 use sha2::{Digest as _, Sha256};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::Context;
 use crate::cli::exec_payload::new_job;
@@ -28,8 +29,9 @@ use crate::telemetry::{BuildInfo, Metrics};
 /// How often the picture is drawn anew.
 const REDRAW: Duration = Duration::from_millis(100);
 
-/// How long cancelled jobs may take to end before the program does.
-const CANCEL_PATIENCE: Duration = Duration::from_secs(60);
+/// How long cancelled jobs may take to end before the program does. A backend that must give up a job
+/// which never said that it ended takes minutes.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(240);
 
 /// Run a folder's pipeline here, without GitLab
 #[derive(Debug, Args)]
@@ -414,8 +416,9 @@ impl ExecArgs {
         let mut run = Run::with_manual(pipeline, &told.manual);
         let mut going: Vec<Going> = names.iter().map(|_| Going::default()).collect();
         let mut interrupted: Option<Instant> = None;
-        let mut interrupt =
-            tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        // What `timeout` and CI wrappers send; jobs must not outlive us for it.
+        let mut terminate = signal(SignalKind::terminate())?;
         let folders = match &self.artifacts {
             Some(dir) => exec_artifacts::folders(pipeline, dir),
             None => Vec::new(),
@@ -474,19 +477,21 @@ impl ExecArgs {
             }
             // `recv` is cancel-safe, as is a sleep.
             tokio::select! {
-                () = tokio::time::sleep(REDRAW) => {}
-                _ = interrupt.recv() => {
-                    if interrupted.is_some() {
-                        anyhow::bail!("wait for the cancelled jobs when interrupted twice; some may still be running");
-                    }
-                    interrupted = Some(Instant::now());
-                    view.note("Interrupted; cancelling what runs. Again to leave at once.")?;
-                    run.cancel();
-                    for id in going.iter().filter_map(|going| going.ci_job) {
-                        coordinator.cancel(id);
-                        cancel_here(daemon, id).await?;
-                    }
-                }
+                () = tokio::time::sleep(REDRAW) => continue,
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            if interrupted.is_some() {
+                anyhow::bail!(
+                    "wait for the cancelled jobs when interrupted twice; some may still be running"
+                );
+            }
+            interrupted = Some(Instant::now());
+            view.note("Interrupted; cancelling what runs. Again to leave at once.")?;
+            run.cancel();
+            for id in going.iter().filter_map(|going| going.ci_job) {
+                coordinator.cancel(id);
+                cancel_here(daemon, id).await?;
             }
         };
         for note in run.notes() {

@@ -205,7 +205,7 @@ fn what_cannot_be_run_is_said_before_anything_is_begun() {
     };
     insta::assert_snapshot!(refused(&["exec", "--backend", "slrm"], 3), @r#"
     error: cannot find a kind of backend called "slrm"
-    hint: there are: local, slurm; with --config a name in the configuration will do
+    hint: there are: dirac, local, slurm; with --config a name in the configuration will do
     "#);
     insta::assert_snapshot!(refused(&["exec", "nowhere"], 7), @"error: cannot run the pipeline: read nowhere/.gitlab-ci.yml: No such file or directory (os error 2)");
     insta::assert_snapshot!(refused(&["exec", "--manual", "deploy"], 3), @"error: cannot run the manual job deploy: the pipeline has none of that name");
