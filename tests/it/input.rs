@@ -62,7 +62,7 @@ async fn a_backend_that_cannot_be_opened_is_a_fault_of_the_configuration() {
     let bed = Bed::local().await;
     let good = std::fs::read_to_string(&bed.config).unwrap();
     write_private(&bed.config, &good.replace("kind = \"local\"", "kind = \"lcal\""));
-    insta::assert_snapshot!(refusal(&bed, &bed.run(&["serve"]), 7), @r#"error: cannot start: open the backend b: find the kind of backend "lcal"; did you mean "local"? (known: local, slurm)"#);
+    insta::assert_snapshot!(refusal(&bed, &bed.run(&["serve"]), 7), @r#"error: cannot start: open the backend b: find the kind of backend "lcal"; did you mean "local"? (known: dirac, local, slurm)"#);
     bed.write_config("", "", "job_dir = \"/x\"");
     insta::assert_snapshot!(refusal(&bed, &bed.run(&["serve"]), 7), @r#"error: cannot start: open the backend b: open a backend of kind "local": use the backend's settings: unknown field `job_dir`, expected one of `jobs_dir`, `kill_grace`, `cgroup`"#);
 }
