@@ -37,7 +37,7 @@ macro_rules! ensure {
 pub(super) use ensure;
 
 /// Between two looks. The only time the suite sleeps, and only while it waits for something to see.
-const PAUSE: Duration = Duration::from_millis(25);
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// One check's view of the harness.
 pub(super) struct Trial<'a> {

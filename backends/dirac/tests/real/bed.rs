@@ -291,7 +291,8 @@ pub(crate) async fn until<T>(
         if let Some(found) = look().await {
             return Ok(found);
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        // Each look is a search, and the server has the machine's processors to share with its workers.
+        tokio::time::sleep(Duration::from_millis(200)).await;
     }
     Err(what)
 }
