@@ -74,13 +74,17 @@ impl Dirac {
 
     async fn kill_these(&self, rows: &[&Row]) -> Result<Vec<u64>> {
         let mut body = Map::new();
+        // The server tells its time in whole seconds, and a job that has just begun is written about
+        // several times in one.
+        let now = self.client.server_time();
+        let now = now.and_then(|now| now.checked_add(SignedDuration::from_secs(1)).ok());
         for row in rows {
             let change = json!({
                 "Status": "Killed",
                 "MinorStatus": "Marked for termination",
                 "Source": SOURCE,
             });
-            let time = after(row.history(), self.client.server_time());
+            let time = after(row.history(), now);
             body.insert(row.id.to_string(), json!({ time: change }));
         }
         let body = Value::Object(body);

@@ -412,6 +412,7 @@ printf 'host=%s\nsite=%s\nat=%s\n' "$(uname -n)" "${DIRACSITE:-}" "$(date +%s)" 
 wrap "$begin" && insist "$waits" hand_in "$t/$begin.pack" || give_up "the start could not be written down (status $code)"
 [ -z "$term" ] || give_up "it was told to end before it started"
 running="bridge: running on $(uname -n | tr -cd 'A-Za-z0-9._-')"
+tell "$running"
 
 size_of() { wc -c <"$1" 2>/dev/null | tr -d ' '; }
 
@@ -589,8 +590,6 @@ $own sh -c '
   rm -rf "$4"
 ' guard "$t/sweep" "$$" "$mark" "$root" "$own" >/dev/null 2>&1 </dev/null &
 guard=$!
-# The script does not wait for this.
-tell "$running"
 
 # Its process, which is also its session's number.
 find_script() {
