@@ -241,7 +241,12 @@ async fn an_upload_that_failed_is_made_good_by_the_next_job() {
 
     // Nor is it where another machine was faster.
     put(&server.machine("second", server.settings()), "k", b"newer").await.unwrap();
-    std::fs::remove_file(server.place.root.join("first/hep/tracker/k/metadata.json")).unwrap();
+    let ours = server.place.root.join("first/hep/tracker/k");
+    std::fs::remove_file(ours.join("metadata.json")).unwrap();
+    // A store tells times in whole seconds, and all of this may have been in one.
+    let zip = std::fs::File::options().write(true).open(ours.join("cache.zip")).unwrap();
+    let long_ago = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    zip.set_modified(long_ago).unwrap();
     let mut said = Said::default();
     store.refresh(&project(), &key("k"), LIMIT, &mut said).await.unwrap();
     assert!(said.all().contains("is not older"), "{}", said.all());
