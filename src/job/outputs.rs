@@ -213,7 +213,6 @@ mod tests {
         payload.steps = vec![crate::gitlab::wire::Step {
             name: "script".into(),
             script: vec!["echo DIR=new >>$GITLAB_ENV".into()],
-            ..crate::gitlab::wire::Step::default()
         }];
         assert_eq!(outputs(&payload), ["**", TRAVELLING_ENV]);
     }
