@@ -41,9 +41,9 @@
 //! # Run once
 //!
 //! DIRAC reschedules jobs by itself, and the same JDL twice is two jobs. So the helper, before it starts
-//! the script, asks which jobs have its name and goes on only if its own is the oldest; and it hands in a
-//! first sandbox, which a second start of the same job finds and then refuses. A job whose start cannot
-//! be written down does not start.
+//! the script, asks which jobs have its name and goes on only if its own is the oldest; and it writes its
+//! start into the job's history, where a second start of the same job finds it and then refuses. A job
+//! whose start cannot be written down does not start.
 //!
 //! # Who is believed
 //!

@@ -1,8 +1,8 @@
 //! The log, put together from the pieces that the helper has handed in.
 //!
-//! The list of a job's output sandboxes is in the order in which they came: the mark of the start, the
-//! pieces of the log, what is brought home, the mark of the end, then DIRAC's own. Each says by the name
-//! in it what it is, and a piece also its offset, so a reader that knows nothing finds its place by
+//! The list of a job's output sandboxes is in the order in which they came: the pieces of the log, what is
+//! brought home and the mark of the end where there is such, then DIRAC's own. Each says by the name in it
+//! what it is, and a piece also its offset, so a reader that knows nothing finds its place by
 //! looking at a few. What is known of them is remembered here; all of it can be found again.
 //!
 //! There is no question about the lists of many jobs. So the helper says in its application status how
@@ -34,8 +34,6 @@ const LARGEST_DIRACS: u64 = 16 << 20;
 /// What a sandbox of a job is.
 #[derive(Clone, Debug)]
 pub(crate) enum Kind {
-    /// The mark of the start.
-    Begin,
     /// A piece of the log.
     Log { offset: u64, len: u64, bytes: Option<Bytes> },
     /// A part of what is brought home.
@@ -283,7 +281,7 @@ impl Known {
     fn length(&self) -> u64 {
         let ends = self.slots.iter().filter_map(|slot| match &slot.kind {
             Some(Kind::Log { offset, len, .. }) => Some(offset + len),
-            Some(Kind::Begin | Kind::Out { .. } | Kind::End { .. } | Kind::Other) | None => None,
+            Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other) | None => None,
         });
         ends.max().unwrap_or(0)
     }
@@ -315,9 +313,6 @@ pub(crate) fn kind(id: u64, name: &str, content: Option<Bytes>) -> Kind {
         // What is missing may come by DIRAC's own means, later.
         let whole = !text.lines().any(|line| line.starts_with("lost="));
         return Kind::End { outs: outs.unwrap_or(0), whole };
-    }
-    if rest("bridge-begin.").is_some_and(|rest| rest.is_empty()) {
-        return Kind::Begin;
     }
     Kind::Other
 }
@@ -415,10 +410,10 @@ impl Dirac {
     ) -> Result<Option<usize>> {
         let holds = |slot: &Slot| match &slot.kind {
             Some(Kind::Log { offset, len, .. }) => *offset <= from && from < offset + len,
-            Some(Kind::Begin | Kind::Out { .. } | Kind::End { .. } | Kind::Other) | None => false,
+            Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other) | None => false,
         };
-        // After the mark of the start come the pieces of which the job told. It may be wrong.
-        let told = heard.pieces.and_then(|pieces| usize::try_from(pieces).ok()?.checked_add(1));
+        // The pieces of which the job told come first. It may be wrong.
+        let told = heard.pieces.and_then(|pieces| usize::try_from(pieces).ok());
         if let Some(told) = told.filter(|told| *told < known.slots.len()) {
             let low = self.narrow(id, known, told, from).await?;
             let at = low.checked_sub(1).filter(|at| known.slots.get(*at).is_some_and(holds));
@@ -433,7 +428,7 @@ impl Dirac {
         }
         let caught_up = match low.checked_sub(1).and_then(|at| known.slots.get(at)?.kind.as_ref()) {
             Some(Kind::Log { offset, len, .. }) => offset + len == from,
-            Some(Kind::Begin) | None => from == 0,
+            None => from == 0,
             Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other) => false,
         };
         // Past the last byte there may be the mark of the end. A list in another order takes more looks.
@@ -450,7 +445,6 @@ impl Dirac {
             let middle = low + (high - low) / 2;
             self.learn(id, known, middle).await?;
             let before = match known.slots.get(middle).and_then(|slot| slot.kind.as_ref()) {
-                Some(Kind::Begin) => true,
                 Some(Kind::Log { offset, .. }) => *offset <= from,
                 Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other) | None => false,
             };
@@ -528,7 +522,6 @@ mod tests {
         ));
         let lost = kind(7, "bridge-end.7", text("outs=0\nlost=5\nouts=lost\n"));
         assert!(matches!(lost, Kind::End { outs: u64::MAX, whole: false }), "{lost:?}");
-        assert!(matches!(kind(7, "bridge-begin.7", text("")), Kind::Begin));
         for name in
             ["bridge-log.8.1.0", "bridge-log.77", "bridge-end.71", "std.out", "bridge-out.7"]
         {
@@ -541,9 +534,9 @@ mod tests {
     fn a_longer_list_keeps_what_is_known() {
         let mut known = Known::default();
         known.renew(vec!["a".into()]);
-        known.slots[0].kind = Some(Kind::Begin);
+        known.slots[0].kind = Some(Kind::Out { number: 0 });
         known.renew(vec!["a".into(), "b".into()]);
-        assert!(matches!(known.slots[0].kind, Some(Kind::Begin)));
+        assert!(matches!(known.slots[0].kind, Some(Kind::Out { number: 0 })));
         assert!(known.slots[1].kind.is_none());
     }
 
@@ -597,7 +590,7 @@ mod tests {
         let slowly = Duration::from_secs(15);
         assert!(!known.is_due(Some(0), slowly), "there is nothing yet");
         assert!(known.is_due(Some(1), slowly));
-        known.renew(vec!["begin".into(), "piece".into()]);
+        known.renew(vec!["piece".into()]);
         known.looked(Some(1));
         assert!(!known.is_due(Some(1), slowly), "a silent job costs nothing");
         known.looked = None;

@@ -306,10 +306,12 @@ history() {
   grep -q '"LoggingInfo"' "$t/answer" || { code=000; return 1; }
 }
 
-# Sets the application status, which the next look at all jobs sees. Its time must come after the last
-# one in the history, whatever the clocks say.
-tell() {
-  history || return 1
+# Sets the application status, which the next look at all jobs sees.
+tell() { history && say "$1"; }
+
+# The same, right after the history came. The time must come after the last one in it, whatever the
+# clocks say.
+say() {
   last=$(tr ',' '\n' <"$t/answer" | sed -n 's/.*"StatusTime" *: *"\([^"]*\)".*/\1/p' | sed 's/Z$//; s/+00:00$//; s/ /T/' | sort | tail -n 1)
   stamp=$(date -u +%Y-%m-%dT%H:%M:%S)
   stamp=$stamp.000000
@@ -355,12 +357,6 @@ look() {
   [ -n "$status" ] || { code=000; return 1; }
 }
 
-# Lists what was handed in.
-handed_in() {
-  api GET "/api/jobs/$job/sandbox/output" || return 1
-  grep -q '^ *\(\[\|null\)' "$t/answer" || { code=000; return 1; }
-}
-
 give_up() { # what to say
   echo "bridge: $1"
   leave "bridge: refused $1"
@@ -402,17 +398,12 @@ SWEEP
 insist "$waits" look || give_up "DiracX does not answer this worker (status $code)"
 case $status in Killed | Deleted) give_up "it was killed before it started" ;; esac
 [ "${first:-$job}" = "$job" ] || give_up "job $first has the same name and came first"
-insist "$waits" handed_in || give_up "DiracX does not answer this worker (status $code)"
-! grep -q '/' "$t/answer" || give_up "it was started before, and a job is run only once"
-# The list is dropped once the job's outputs are home; its history is not.
+# The history outlives everything else that is known of a job, so the start is written down there.
 insist "$waits" history || give_up "DiracX does not answer this worker (status $code)"
 ! grep -q 'bridge: running\|bridge: ended' "$t/answer" || give_up "it was started before, and a job is run only once"
-begin=bridge-begin.$job
-printf 'host=%s\nsite=%s\nat=%s\n' "$(uname -n)" "${DIRACSITE:-}" "$(date +%s)" >"$t/$begin"
-wrap "$begin" && insist "$waits" hand_in "$t/$begin.pack" || give_up "the start could not be written down (status $code)"
-[ -z "$term" ] || give_up "it was told to end before it started"
 running="bridge: running on $(uname -n | tr -cd 'A-Za-z0-9._-')"
-tell "$running"
+say "$running" || insist "$waits" tell "$running" || give_up "the start could not be written down (status $code)"
+[ -z "$term" ] || give_up "it was told to end before it started"
 
 size_of() { wc -c <"$1" 2>/dev/null | tr -d ' '; }
 
@@ -460,11 +451,20 @@ finish() { # exit code, step: writes the result unless the job did, and hands in
   # That something is missing must be known at home.
   case $why in '' | timeout) bring || outs=lost ;; esac
   leave_all
+  # Where nothing is brought home, the history alone can hold the end.
+  if [ -z "$why" ] && [ -z "$_lost" ] && [ ! -s "$home/bridge-job.outputs" ]; then
+    insist "$(rest)" tell "$report" && over
+  fi
   end=bridge-end.$job
   { head -c 4096 "$dir/result"; printf '\nlog=%s\npieces=%s\nouts=%s\nwhy=%s\n' "$sent" "$pieces" "$outs" "$why"; } >"$t/$end"
   [ "${whole:-0}" -eq "$sent" ] || printf 'lost=%s\n' "$((whole - sent))" >>"$t/$end"
   wrap "$end" && insist "$(rest)" hand_in "$t/$end.pack"
   insist "$(rest)" tell "$report"
+  over
+}
+
+# Ends with what DIRAC calls success only if the job was one.
+over() {
   _good=1
   ! grep -q '^exit_code=0$' "$dir/result" || [ -n "$why" ] || _good=0
   cd / && rm -rf "$root"

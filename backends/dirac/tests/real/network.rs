@@ -114,15 +114,14 @@ async fn bad_answers_to_a_worker_change_nothing() {
     }
     let (site, proxy) = worker_behind_a_proxy("").await;
     proxy.also_before_the_store();
-    let (search, list, place) =
-        ("POST /api/jobs/search", "GET /api/jobs/", "POST /api/jobs/sandbox");
-    let (store, link, status) = ("POST /store", "PATCH /api/jobs/", "PATCH /api/jobs/status");
+    let (search, place) = ("POST /api/jobs/search", "POST /api/jobs/sandbox");
+    let (store, link) = ("POST /store", "PATCH /api/jobs/*/sandbox/output");
+    let status = "PATCH /api/jobs/status";
     let denied = "<Error><Code>AccessDenied</Code></Error>";
     // Few of a kind for each, since the worker waits longer each time.
     for (n, evil) in [
         vec![
             (search, Mischief::Say(200, "<html>Log in here</html>")),
-            (list, Mischief::Say(200, "<html>")),
             (place, Mischief::Say(200, "{}")),
             (store, Mischief::Say(403, denied)),
             (link, Mischief::LoseAnswer),
@@ -130,7 +129,6 @@ async fn bad_answers_to_a_worker_change_nothing() {
         ],
         vec![
             (search, Mischief::Cut),
-            (list, Mischief::Cut),
             (place, Mischief::Say(503, "{\"detail\":\"later\"}")),
             (store, Mischief::LoseAnswer),
             (link, Mischief::Say(200, "<html>")),
@@ -138,10 +136,11 @@ async fn bad_answers_to_a_worker_change_nothing() {
         ],
         vec![
             (search, Mischief::Say(403, "<html>blocked</html>")),
-            (list, Mischief::Say(500, "Internal Server Error")),
             (place, Mischief::Cut),
             (store, Mischief::Say(404, "<Error><Code>NoSuchBucket</Code></Error>")),
             (link, Mischief::Say(502, "<html>")),
+            (status, Mischief::Say(500, "Internal Server Error")),
+            (status, Mischief::Cut),
         ],
         vec![
             (search, Mischief::Say(429, "{\"detail\":\"slow down\"}")),

@@ -63,7 +63,7 @@ impl Proxy {
         proxy
     }
 
-    /// Does this to the next request that begins so.
+    /// Does this to the next request that begins so; a star stands for the rest of one part of the path.
     pub(crate) fn next(&self, begin: &'static str, mischief: Mischief) {
         self.inner.lock().unwrap().mischief.push((begin, mischief));
     }
@@ -95,6 +95,12 @@ impl Proxy {
     }
 }
 
+fn begins(what: &str, begin: &str) -> bool {
+    let Some((begin, rest)) = begin.split_once('*') else { return what.starts_with(begin) };
+    let Some(part) = what.strip_prefix(begin) else { return false };
+    part.split_once('/').is_some_and(|(_, tail)| format!("/{tail}").starts_with(rest))
+}
+
 /// A body that breaks off, and its connection with it.
 fn broken() -> Response {
     let stream =
@@ -112,7 +118,7 @@ async fn pass(State(proxy): State<Proxy>, request: Request) -> Response {
     let (mischief, store) = {
         let mut inner = proxy.inner.lock().unwrap();
         *inner.asked.entry(what.clone()).or_default() += 1;
-        let at = inner.mischief.iter().position(|(begin, _)| what.starts_with(begin));
+        let at = inner.mischief.iter().position(|(begin, _)| begins(&what, begin));
         let mischief = at.map(|at| inner.mischief.remove(at).1);
         (if inner.away { Some(Mischief::LoseQuestion) } else { mischief }, inner.store.clone())
     };
