@@ -4,20 +4,24 @@
 //! the token's scopes (403 with the scopes that would do), then the runner (404), then the user's
 //! rights (403), then the values (400).
 
+mod lists;
+mod params;
+mod shapes;
+
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use axum::http::Method;
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
+use self::params::Params;
 use super::Coordinator;
 use super::api::Call;
 use super::fault::Endpoint;
-use super::job::Job;
 use super::options::RunnerOptions;
 use super::random;
 use super::reply::Reply;
-use super::runner::{Manager, Runner};
+use super::runner::Runner;
 use super::state::{Shared, State};
 
 /// After so long without a call a runner is offline.
@@ -151,90 +155,6 @@ pub(super) fn route(method: &Method, parts: &[&str]) -> Option<Endpoint> {
         (_, ["projects", _, "runners"] | ["projects", _, "runners", _])
         | (&Method::GET, ["groups", _, "runners"]) => Some(Endpoint::RunnersApi),
         _ => None,
-    }
-}
-
-/// Query and body as one, as grape sees them.
-struct Params(Map<String, Value>);
-
-impl Params {
-    fn read(call: &Call) -> Result<Self, Reply> {
-        let mut all = Map::new();
-        let mut pairs = |text: &[u8]| {
-            for (key, value) in url::form_urlencoded::parse(text) {
-                all.insert(key.trim_end_matches("[]").to_owned(), json!(value));
-            }
-        };
-        pairs(call.query.as_bytes());
-        if call.content_type() == "application/x-www-form-urlencoded" {
-            pairs(&call.body);
-        } else if call.is_json() && !call.body.is_empty() {
-            match serde_json::from_slice::<Value>(&call.body) {
-                Ok(Value::Object(body)) => all.extend(body),
-                Ok(_) | Err(_) => return Err(Reply::error(400, "the body is no JSON object")),
-            }
-        }
-        Ok(Self(all))
-    }
-
-    fn invalid(name: &str) -> Reply {
-        Reply::error(400, &format!("{name} is invalid"))
-    }
-
-    fn text(&self, name: &str) -> Result<Option<String>, Reply> {
-        match self.0.get(name) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text.clone())),
-            Some(_) => Err(Self::invalid(name)),
-        }
-    }
-
-    fn number(&self, name: &str) -> Result<Option<i64>, Reply> {
-        match self.0.get(name) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::Number(number)) => {
-                number.as_i64().map(Some).ok_or_else(|| Self::invalid(name))
-            }
-            Some(Value::String(text)) => {
-                text.parse().map(Some).map_err(|_not_a_number| Self::invalid(name))
-            }
-            Some(_) => Err(Self::invalid(name)),
-        }
-    }
-
-    fn flag(&self, name: &str) -> Result<Option<bool>, Reply> {
-        match self.0.get(name) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::Bool(flag)) => Ok(Some(*flag)),
-            Some(Value::String(text)) if text == "true" || text == "1" => Ok(Some(true)),
-            Some(Value::String(text)) if text == "false" || text == "0" => Ok(Some(false)),
-            Some(_) => Err(Self::invalid(name)),
-        }
-    }
-
-    fn word(&self, name: &str, known: &[&str]) -> Result<Option<String>, Reply> {
-        let word = self.text(name)?;
-        match word {
-            Some(word) if !known.contains(&word.as_str()) => {
-                Err(Reply::error(400, &format!("{name} does not have a valid value")))
-            }
-            word => Ok(word),
-        }
-    }
-
-    fn tags(&self) -> Result<Option<Vec<String>>, Reply> {
-        let texts: Vec<String> = match self.0.get("tag_list") {
-            None | Some(Value::Null) => return Ok(None),
-            Some(Value::String(text)) => text.split(',').map(str::to_owned).collect(),
-            Some(Value::Array(list)) => list
-                .iter()
-                .map(|tag| tag.as_str().map(str::to_owned))
-                .collect::<Option<_>>()
-                .ok_or_else(|| Self::invalid("tag_list"))?,
-            Some(_) => return Err(Self::invalid("tag_list")),
-        };
-        let tags = texts.iter().map(|tag| tag.trim().to_owned()).filter(|tag| !tag.is_empty());
-        Ok(Some(tags.collect()))
     }
 }
 
@@ -389,269 +309,6 @@ impl Scene<'_> {
             .ok_or_else(|| Reply::message(404, "404 Group Not Found"))
     }
 
-    fn list(&self, wanted: impl Fn(&Runner) -> bool) -> Answered {
-        let params = &self.params;
-        let kinds = ["instance_type", "group_type", "project_type"];
-        let kind = params.word("type", &kinds)?;
-        let statuses =
-            ["online", "offline", "stale", "never_contacted", "active", "paused"].as_slice();
-        let status = params.word("status", statuses)?;
-        let scope = params.word("scope", &[statuses, &kinds].concat())?;
-        let paused = params.flag("paused")?;
-        let tags = params.tags()?.unwrap_or_default();
-        let version = params.text("version_prefix")?;
-        let is = |runner: &Runner, word: &str| match word {
-            "active" => !runner.options.paused,
-            "paused" => runner.options.paused,
-            word => runner.card.owner.kind() == word || self.status(runner) == word,
-        };
-        let mut runners: Vec<&Runner> = self
-            .state
-            .runners
-            .iter()
-            .filter(|runner| !runner.deleted && wanted(runner))
-            .filter(|runner| [&kind, &status, &scope].into_iter().flatten().all(|w| is(runner, w)))
-            .filter(|runner| paused.is_none_or(|paused| runner.options.paused == paused))
-            .filter(|runner| tags.iter().all(|tag| runner.options.tags.contains(tag)))
-            .filter(|runner| {
-                version.as_ref().is_none_or(|prefix| {
-                    let said = |manager: &Manager| manager.info.version.clone().unwrap_or_default();
-                    runner.managers.values().any(|manager| said(manager).starts_with(prefix))
-                })
-            })
-            .collect();
-        runners.reverse();
-        let list: Vec<Value> = runners.into_iter().map(|runner| self.summary(runner)).collect();
-        self.page(&list)
-    }
-
-    /// Cuts one page out of a list, with the headers that name the next.
-    fn page(&self, list: &[Value]) -> Answered {
-        let number = |name: &str, default: i64| -> Result<usize, Reply> {
-            let number = self.params.number(name)?.unwrap_or(default).max(1);
-            usize::try_from(number).map_err(|_negative| Params::invalid(name))
-        };
-        let (page, per_page) = (number("page", 1)?, number("per_page", 20)?.min(100));
-        let from = (page - 1).saturating_mul(per_page).min(list.len());
-        let to = (from + per_page).min(list.len());
-        let next = (to < list.len()).then(|| page + 1);
-        let body = Value::from(list.get(from..to).unwrap_or_default()).to_string();
-        let reply = Reply::json(200, body)
-            .with("X-Page", page.to_string())
-            .with("X-Per-Page", per_page.to_string())
-            .with("X-Next-Page", next.map(|next| next.to_string()).unwrap_or_default())
-            .with("X-Total", list.len().to_string())
-            .with("X-Total-Pages", list.len().div_ceil(per_page).to_string());
-        Ok(match next {
-            Some(next) => self.link(reply, &[("page", next.to_string())]),
-            None => reply,
-        })
-    }
-
-    /// Cuts one page out of the jobs, which are ordered by number, after the cursor.
-    fn page_by_key(&self, list: &[Value]) -> Answered {
-        let per_page = self.params.number("per_page")?.unwrap_or(20).clamp(1, 100);
-        let per_page = usize::try_from(per_page).unwrap_or(1);
-        let after = match self.params.text("cursor")? {
-            None => 0,
-            Some(cursor) => {
-                let at = list.iter().position(|job| job["id"] == json!(cursor.parse::<i64>().ok()));
-                at.ok_or_else(|| Params::invalid("cursor"))? + 1
-            }
-        };
-        let to = (after + per_page).min(list.len());
-        let page = list.get(after..to).unwrap_or_default();
-        let reply = Reply::json(200, Value::from(page).to_string());
-        Ok(match page.last() {
-            Some(last) if to < list.len() => {
-                self.link(reply, &[("cursor", last["id"].to_string())])
-            }
-            Some(_) | None => reply,
-        })
-    }
-
-    fn link(&self, reply: Reply, with: &[(&str, String)]) -> Reply {
-        let mut query = url::form_urlencoded::Serializer::new(String::new());
-        for (key, value) in &self.params.0 {
-            if !with.iter().any(|(name, _)| name == key) {
-                let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-                query.append_pair(key, &text);
-            }
-        }
-        query.extend_pairs(with);
-        // By the name that the instance believes to have, which need not be ours.
-        let url = format!("https://gitlab.invalid/api/v4/list?{}", query.finish());
-        reply.with("Link", format!("<{url}>; rel=\"next\", <{url}>; rel=\"first\""))
-    }
-
-    fn status(&self, runner: &Runner) -> &'static str {
-        let last = runner.managers.values().map(|manager| manager.contacted_at).max();
-        match last.map(|at| self.now.saturating_sub(at)) {
-            None if self.now.saturating_sub(runner.card.created_at) >= STALE => "stale",
-            None => "never_contacted",
-            Some(silent) if silent >= STALE => "stale",
-            Some(silent) if silent >= ONLINE => "offline",
-            Some(_) => "online",
-        }
-    }
-
-    fn time(&self, at: Duration) -> String {
-        format!("{:.3}", self.shared.clock.calendar(at))
-    }
-
-    fn expiry(&self, runner: &Runner) -> Option<String> {
-        runner.token_expires.map(|end| self.time(end))
-    }
-
-    fn summary(&self, runner: &Runner) -> Value {
-        let status = self.status(runner);
-        json!({
-            "id": runner.id,
-            "description": runner.options.description,
-            "ip_address": "127.0.0.1",
-            "active": !runner.options.paused,
-            "paused": runner.options.paused,
-            "is_shared": runner.card.owner == Owner::Instance,
-            "runner_type": runner.card.owner.kind(),
-            "name": null,
-            "online": status == "online",
-            "created_at": self.time(runner.card.created_at),
-            "status": status,
-            "job_execution_status": "idle",
-        })
-    }
-
-    fn details(&self, runner: &Runner) -> Value {
-        let mut body = self.summary(runner);
-        let last = runner.managers.values().max_by_key(|manager| manager.contacted_at);
-        let (projects, groups) = match &runner.card.owner {
-            Owner::Instance => (json!([]), json!([])),
-            Owner::Group(id) => {
-                let name = self.state.users.groups.get(id).cloned().unwrap_or_default();
-                (json!([]), json!([{ "id": id, "name": name, "web_url": null }]))
-            }
-            Owner::Projects(ids) => {
-                (ids.iter().map(|id| self.project_json(*id)).collect(), json!([]))
-            }
-        };
-        super::new_job::merge(
-            &mut body,
-            json!({
-                "tag_list": runner.options.tags,
-                "run_untagged": runner.options.run_untagged,
-                "locked": runner.card.locked,
-                "maximum_timeout": runner.options.maximum_timeout.map(|time| time.as_secs()),
-                "access_level": runner.card.access_level,
-                "maintenance_note": runner.card.maintenance_note,
-                "version": last.and_then(|manager| manager.info.version.clone()),
-                "platform": last.and_then(|manager| manager.info.platform.clone()),
-                "revision": null,
-                "architecture": null,
-                "contacted_at": last.map(|manager| self.time(manager.contacted_at)),
-                "projects": projects,
-                "groups": groups,
-            }),
-        );
-        body
-    }
-
-    fn project_json(&self, id: i64) -> Value {
-        let path = self.state.users.projects.get(&id).cloned().unwrap_or_default();
-        let name = path.rsplit('/').next().unwrap_or_default();
-        json!({
-            "id": id, "name": name, "path": name, "path_with_namespace": path,
-            "name_with_namespace": path.replace('/', " / "),
-        })
-    }
-
-    fn managers(&self, at: usize) -> Answered {
-        let runner = self.runner(at)?;
-        let mut managers: Vec<_> = runner.managers.iter().collect();
-        managers.sort_by(|a, b| a.0.cmp(b.0));
-        let list: Vec<Value> = managers
-            .into_iter()
-            .zip(1..)
-            .map(|((system_id, manager), id)| {
-                let silent = self.now.saturating_sub(manager.contacted_at);
-                json!({
-                    "id": id,
-                    "system_id": &**system_id,
-                    "version": manager.info.version,
-                    "revision": null,
-                    "platform": manager.info.platform,
-                    "architecture": null,
-                    "created_at": self.time(manager.stored_at),
-                    "contacted_at": self.time(manager.contacted_at),
-                    "ip_address": "127.0.0.1",
-                    "status": if silent >= ONLINE { "offline" } else { "online" },
-                    "job_execution_status": "idle",
-                })
-            })
-            .collect();
-        Ok(Reply::json(200, Value::from(list).to_string()))
-    }
-
-    fn jobs(&self, at: usize) -> Answered {
-        let params = &self.params;
-        let known = [
-            "created",
-            "pending",
-            "running",
-            "canceling",
-            "failed",
-            "success",
-            "canceled",
-            "skipped",
-            "manual",
-        ];
-        let status = params.word("status", &known)?;
-        let system_id = params.text("system_id")?;
-        params.word("order_by", &["id"])?;
-        let sort = params.word("sort", &["asc", "desc"])?;
-        let by_key = params.text("pagination")?.as_deref() == Some("keyset");
-        let mut list: Vec<Value> = self
-            .state
-            .jobs
-            .iter()
-            .filter(|job| job.runner == Some(at))
-            .filter(|job| status.as_ref().is_none_or(|status| job.status.name() == status))
-            .filter(|job| {
-                system_id.as_ref().is_none_or(|id| job.system_id.as_deref() == Some(id.as_str()))
-            })
-            .map(|job| self.job(job))
-            .collect();
-        if sort.as_deref() != Some("asc") {
-            list.reverse();
-        }
-        if by_key { self.page_by_key(&list) } else { self.page(&list) }
-    }
-
-    fn job(&self, job: &Job) -> Value {
-        let project = self.state.users.projects.iter().find(|(_, path)| ***path == *job.project);
-        let project = project.map(|(id, _)| self.project_json(*id));
-        let duration = job
-            .assigned_at
-            .map(|from| job.finished_at.unwrap_or(self.now).saturating_sub(from).as_secs_f64());
-        json!({
-            "id": job.id,
-            "status": job.status.name(),
-            "stage": &*job.stage,
-            "name": &*job.name,
-            "ref": "main",
-            "tag": false,
-            "coverage": null,
-            "allow_failure": job.allow_failure,
-            "created_at": self.time(job.pending_at),
-            "started_at": job.assigned_at.map(|at| self.time(at)),
-            "finished_at": job.finished_at.map(|at| self.time(at)),
-            "duration": duration,
-            "failure_reason": job.failure_reason,
-            "user": { "id": 1, "username": "user" },
-            "web_url": format!("{}/{}/-/jobs/{}", self.shared.url(), job.project, job.id),
-            "project": project,
-        })
-    }
-
     fn create(&mut self) -> Answered {
         let params = &self.params;
         let missing = |name: &str| Reply::error(400, &format!("{name} is missing"));
@@ -751,7 +408,7 @@ impl Scene<'_> {
             "maximum_timeout",
             "maintenance_note",
         ];
-        if !known.iter().any(|name| self.params.0.contains_key(*name)) {
+        if !self.params.has_any(&known) {
             let text = format!("{} are missing, at least one parameter must be provided", {
                 known.join(", ")
             });
