@@ -16,7 +16,8 @@
 //!
 //! [`plan`] is a function of the payload, the runner and the slot: the same three give the same plan,
 //! before and after a restart, so a plan is never stored. What touches a workspace goes through
-//! `hands.rs` alone; when jobs run as the users who started them, only that file changes.
+//! `hands` alone, but for packing and unpacking, which is `archive`'s; when jobs run as the users who
+//! started them, only these two change.
 //!
 //! # Secrets
 //!

@@ -1,5 +1,7 @@
 //! Expressions and what comes of them.
 
+use std::collections::BTreeMap;
+
 use super::*;
 
 fn job() -> Value {
