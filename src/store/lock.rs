@@ -82,7 +82,7 @@ impl Lock {
     /// When another daemon has it, it is on a network file system, or it cannot be written.
     pub fn acquire(state_dir: &Utf8Path) -> Result<Self, LockError> {
         let io = |source| LockError::Io { path: state_dir.to_owned(), source };
-        super::make_private_dir(state_dir).map_err(io)?;
+        super::open::make_private_dir(state_dir).map_err(io)?;
         if let Some(kind) = network_file_system_of(state_dir).map_err(io)? {
             return Err(LockError::Network { path: state_dir.to_owned(), kind });
         }

@@ -8,10 +8,10 @@ use sqlx::{ConnectOptions as _, Connection as _, Row as _};
 
 use crate::domain::id::JobId;
 use crate::store::keyring::{Belongs, KeyFileError, KeyId, Keyring, OPEN, SEALED, SealError};
-use crate::store::{
-    Lock, OpenError, Purpose, StoreError, database, database_path, known_schema, open_error,
-    options, schema_of,
+use crate::store::open::{
+    OpenError, Purpose, database_path, known_schema, open_error, options, schema_of,
 };
+use crate::store::{Lock, StoreError, database};
 
 /// How many rows one transaction seals anew.
 const BATCH: i64 = 64;

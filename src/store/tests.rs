@@ -1,9 +1,14 @@
 //! Every statement is run against a real file, so that none exists that SQLite would not prepare.
 
+use std::sync::atomic::AtomicU64;
+
 use bridge_backend::ExternalId;
 use jiff::Timestamp;
-use sqlx::Connection as _;
+use sqlx::migrate::Migrator;
+use sqlx::{ConnectOptions as _, Connection as _};
+use tokio_util::task::TaskTracker;
 
+use super::open::{migrator, options};
 use super::*;
 use crate::domain::id::{BackendName, CiJobId, JobId, RunnerName};
 use crate::domain::job::{Event, JobState};
