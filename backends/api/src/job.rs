@@ -4,8 +4,13 @@ use std::fmt;
 use std::time::Duration;
 
 use camino::Utf8PathBuf;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize};
+
+use crate::error::{BackendError, ErrorKind, Fault};
+
+/// Linux passes no longer text to a program, be it a word or a variable (32 pages of 4 KiB).
+const LONGEST_VARIABLE: usize = 128 << 10;
 
 /// Our name for one submission: 1–32 of `a-z`, `0-9`, `-`.
 ///
@@ -134,4 +139,76 @@ pub struct JobSpec {
     pub limits: Limits,
     /// The backend's own per-job words; unknown keys are rejected with [`crate::Fault::Job`].
     pub options: toml::Table,
+}
+
+impl JobSpec {
+    /// Refuses what no shell could be given.
+    ///
+    /// # Errors
+    ///
+    /// `Rejected(Fault::Job)`; the source names the variable, and no value.
+    pub fn check(&self) -> Result<(), BackendError> {
+        let rejected = |context: &'static str, text: String| {
+            Err(BackendError::new(ErrorKind::Rejected(Fault::Job), context).with_source(text))
+        };
+        let variables = "pass the job's variables";
+        for variable in &self.env {
+            let name = &variable.name;
+            let head = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
+            if !head || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
+                return rejected(variables, format!("{name:?} is no name for a variable"));
+            }
+            let value = variable.value.expose_secret();
+            if value.contains('\0') {
+                return rejected(variables, format!("the value of {name} contains a zero byte"));
+            }
+            // NAME=value and the zero byte at its end.
+            if name.len() + value.len() + 2 > LONGEST_VARIABLE {
+                let text =
+                    format!("{name} is longer than the {LONGEST_VARIABLE} bytes a program can get");
+                return rejected(variables, text);
+            }
+        }
+        if self.script.contains('\0') {
+            return rejected("run the job's script", "it contains a zero byte".into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> JobSpec {
+        JobSpec {
+            label: "a job".into(),
+            script: "exit 0".into(),
+            env: Vec::new(),
+            workspace: "/w".into(),
+            outputs: Vec::new(),
+            limits: Limits::default(),
+            options: toml::Table::new(),
+        }
+    }
+
+    #[test]
+    fn what_no_shell_could_be_given_is_the_authors_fault() {
+        let var = |name: &str, value: String| EnvVar { name: name.into(), value: value.into() };
+        for bad in [
+            var("1A", "x".into()),
+            var("A B", "x".into()),
+            var("", "x".into()),
+            var("A;id", "x".into()),
+            var("A", "a\0b".into()),
+            var("A", "x".repeat(LONGEST_VARIABLE - 2)),
+        ] {
+            let spec = JobSpec { env: vec![bad], ..spec() };
+            let error = spec.check().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Rejected(Fault::Job));
+        }
+        let longest = var("A", "x".repeat(LONGEST_VARIABLE - 3));
+        assert!(JobSpec { env: vec![longest], ..spec() }.check().is_ok());
+        assert!(JobSpec { script: "exit\0".into(), ..spec() }.check().is_err());
+    }
 }

@@ -35,6 +35,7 @@ mod job;
 mod login;
 mod observe;
 pub mod result;
+pub mod settings;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use bridge_backend::OpenError;
+use bridge_backend::settings::duration;
 use camino::Utf8PathBuf;
 use jiff::SignedDuration;
 use serde::Deserialize;
@@ -162,18 +163,6 @@ fn url(key: &str, text: &str) -> Result<Url, OpenError> {
         url.set_path(&path);
     }
     Ok(url)
-}
-
-fn duration(
-    key: &str,
-    written: Option<SignedDuration>,
-    default: Duration,
-) -> Result<Duration, OpenError> {
-    let Some(written) = written else { return Ok(default) };
-    match Duration::try_from(written) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
-        Ok(_) | Err(_) => Err(OpenError::Config(format!("{key} must be more than nothing"))),
-    }
 }
 
 #[cfg(test)]

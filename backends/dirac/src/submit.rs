@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bridge_backend::{BackendError, ErrorKind, ExternalId, Fault, JobSpec, Result, SubmitToken};
 use reqwest::Method;
-use secrecy::ExposeSecret as _;
 use serde::Deserialize;
 use serde_json::json;
 
@@ -16,9 +15,6 @@ use crate::options::Wishes;
 use crate::outbox::{Letter, Post, Posted};
 use crate::workspace::{PackError, Packed, pack_files, pack_workspace};
 use crate::{jdl, worker};
-
-/// Linux passes no longer text to a program, be it a word or a variable (32 pages of 4 KiB).
-const LONGEST_VARIABLE: usize = 128 << 10;
 
 /// What a job asks for that has no limit: a day of normalised CPU, as DIRAC has it.
 const CPU_TIME: u64 = 86_400;
@@ -41,7 +37,7 @@ impl Dirac {
     ) -> Result<ExternalId> {
         let own = Wishes::of_job(&spec.options)
             .map_err(|text| rejected("use the job's options", text))?;
-        check(spec)?;
+        spec.check()?;
         let own_words = own != Wishes::default();
         let wishes = own.over(&self.config.wishes);
         let cpu_time = wishes.cpu_time.unwrap_or_else(|| {
@@ -142,30 +138,4 @@ fn unpacked(error: PackError) -> BackendError {
         PackError::Io { .. } | PackError::Write(_) | PackError::Unwanted => ErrorKind::Transient,
     };
     BackendError::new(kind, "pack the job's files").with_source(error)
-}
-
-/// Refuses what no shell could be given.
-fn check(spec: &JobSpec) -> Result<()> {
-    for variable in &spec.env {
-        let name = &variable.name;
-        let head = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
-        if !head || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
-            let text = format!("{name:?} is no name for a variable");
-            return Err(rejected("pass the job's variables", text));
-        }
-        let value = variable.value.expose_secret();
-        if value.contains('\0') {
-            let text = format!("the value of {name} contains a zero byte");
-            return Err(rejected("pass the job's variables", text));
-        }
-        if name.len() + value.len() + 2 > LONGEST_VARIABLE {
-            let text =
-                format!("{name} is longer than the {LONGEST_VARIABLE} bytes a program can get");
-            return Err(rejected("pass the job's variables", text));
-        }
-    }
-    if spec.script.contains('\0') {
-        return Err(rejected("run the job's script", "it contains a zero byte".into()));
-    }
-    Ok(())
 }

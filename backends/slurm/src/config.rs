@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use bridge_backend::OpenError;
+use bridge_backend::settings::duration;
 use camino::Utf8PathBuf;
 use jiff::SignedDuration;
 use serde::Deserialize;
@@ -153,18 +154,6 @@ fn path(key: &str, path: Option<&Utf8PathBuf>) -> Result<(), OpenError> {
         return Err(OpenError::Config(format!("{key} must not contain control characters")));
     }
     Ok(())
-}
-
-fn duration(
-    key: &str,
-    written: Option<SignedDuration>,
-    default: Duration,
-) -> Result<Duration, OpenError> {
-    let Some(written) = written else { return Ok(default) };
-    match Duration::try_from(written) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
-        Ok(_) | Err(_) => Err(OpenError::Config(format!("{key} must be more than nothing"))),
-    }
 }
 
 /// Options of `sbatch` that bridge sets itself, or that would break what it promises.
