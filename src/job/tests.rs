@@ -7,33 +7,12 @@ use secrecy::ExposeSecret as _;
 pub(super) const SHA: &str = "1f0e9d8c7b6a59483726150493827160a5b4c3d2";
 
 pub(super) fn runner() -> RunnerContext {
+    let url = Url::parse("https://gitlab.example.org").unwrap();
     RunnerContext {
-        name: "cluster".into(),
-        url: Url::parse("https://gitlab.example.org").unwrap(),
         short_token: "short".into(),
         system_id: "s_1".into(),
         version: "0.1.0".into(),
-        builds_dir: "/builds".into(),
-        cache_dir: None,
-        environment: Vec::new(),
-        shell: Shell::Bash,
-        login_shell: false,
-        pre_get_sources_script: None,
-        post_get_sources_script: None,
-        pre_build_script: None,
-        post_build_script: None,
-        clone_url: None,
-        tls_ca_file: None,
-        tls_cert_file: None,
-        tls_key_file: None,
-        custom_build_dir: false,
-        mirrors: None,
-        get_sources_timeout: None,
-        debug_trace_disabled: false,
-        containers: Containers::Ignore,
-        sources: FetchedBy::SubmitNode,
-        runner_feature_flags: BTreeMap::new(),
-        backend: OnBackend::default(),
+        ..RunnerContext::new("cluster", url, "/builds".into())
     }
 }
 

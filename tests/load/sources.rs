@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use bridge::coordinator::{Coordinator, Git, NewJob, Options, RunnerOptions};
 use bridge::gitlab::wire::JobPayload;
 use bridge::gitlab::{Client, ClientOptions, Info, InfoOptions, RequestReply, Secret};
-use bridge::job::{self, Mirrors, Output, RunnerContext, Shell, Slot, Tone};
+use bridge::job::{self, Mirrors, Output, RunnerContext, Slot, Tone};
 use camino::Utf8PathBuf;
 use serde_json::json;
 
@@ -117,32 +117,10 @@ fn megabytes() -> usize {
 
 fn context(root: &Utf8PathBuf, url: &str) -> RunnerContext {
     RunnerContext {
-        name: "main".into(),
-        url: url.parse().expect("a URL"),
         short_token: "short".into(),
         system_id: "s_0123456789ab".into(),
         version: env!("CARGO_PKG_VERSION").into(),
-        builds_dir: root.join("builds"),
-        cache_dir: None,
-        environment: Vec::new(),
-        shell: Shell::Bash,
-        login_shell: false,
-        pre_get_sources_script: None,
-        post_get_sources_script: None,
-        pre_build_script: None,
-        post_build_script: None,
-        clone_url: None,
-        tls_ca_file: None,
-        tls_cert_file: None,
-        tls_key_file: None,
-        custom_build_dir: false,
-        containers: bridge::job::Containers::Ignore,
-        sources: bridge::job::FetchedBy::SubmitNode,
-        mirrors: None,
-        get_sources_timeout: None,
-        debug_trace_disabled: false,
-        runner_feature_flags: std::collections::BTreeMap::new(),
-        backend: bridge::job::OnBackend::default(),
+        ..RunnerContext::new("main", url.parse().expect("a URL"), root.join("builds"))
     }
 }
 

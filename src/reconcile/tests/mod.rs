@@ -24,7 +24,7 @@ use crate::domain::clock::ManualClock;
 use crate::domain::id::CiJobId;
 use crate::gitlab::wire::Secret;
 use crate::gitlab::{Client, ClientOptions, Info, InfoOptions, RequestReply};
-use crate::job::{Containers, OnBackend, RunnerContext, Shell};
+use crate::job::{OnBackend, RunnerContext};
 use crate::store::{EventRow, Keyring};
 use crate::trace::strip_headers;
 
@@ -150,35 +150,15 @@ impl Scene {
 
     fn context(&self) -> RunnerContext {
         RunnerContext {
-            name: "main".into(),
-            url: self.url.parse().unwrap(),
             short_token: self.tuning.short_token.into(),
             system_id: "s_0123456789ab".into(),
             version: "0.1.0".into(),
-            builds_dir: self.path("builds"),
-            cache_dir: None,
-            environment: Vec::new(),
-            shell: Shell::Bash,
-            login_shell: false,
             pre_get_sources_script: self.tuning.pre_get_sources_script.clone(),
-            post_get_sources_script: None,
-            pre_build_script: None,
-            post_build_script: None,
-            clone_url: None,
-            tls_ca_file: None,
-            tls_cert_file: None,
-            tls_key_file: None,
-            custom_build_dir: false,
-            mirrors: None,
-            get_sources_timeout: None,
-            debug_trace_disabled: false,
-            containers: Containers::Ignore,
-            sources: crate::job::FetchedBy::SubmitNode,
-            runner_feature_flags: BTreeMap::new(),
             backend: OnBackend {
                 sandbox: self.world.open().capabilities().filesystem == Filesystem::Sandbox,
                 ..OnBackend::default()
             },
+            ..RunnerContext::new("main", self.url.parse().unwrap(), self.path("builds"))
         }
     }
 
