@@ -7,7 +7,7 @@
 //! What is asked for may be more than is packed in the end, never less. `GITLAB_ENV` can change what a
 //! path means, and comes home itself.
 
-use std::sync::atomic::AtomicBool;
+use std::cell::Cell;
 
 use bridge_backend::Pattern;
 use camino::Utf8Path;
@@ -72,12 +72,12 @@ impl Plan {
 
     /// Makes a pattern of an artifact's path, as far as it is known before the job has run.
     fn output(&self, path: &str) -> Option<String> {
-        let unknown = AtomicBool::new(false);
+        let unknown = Cell::new(false);
         let lookup = |name: &str| {
             let known = self.env.iter().rev().find(|var| var.name == name);
             // The script may give any name another value, but for those that nobody would.
             if known.is_none() || (self.says_more && !name.starts_with("CI_")) {
-                unknown.store(true, std::sync::atomic::Ordering::Relaxed);
+                unknown.set(true);
             }
             known.map(|var| var.value.expose_secret())
         };
