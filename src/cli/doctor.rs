@@ -353,12 +353,7 @@ async fn token(context: &Context, runner: &Runner) -> Finding {
         Ok(VerifyReply::Orphaned) => {
             fail(WhoseMove::Operator, "the runner's owner is gone; create a new runner".to_owned())
         }
-        Ok(VerifyReply::Busy { status, .. }) => {
-            fail(WhoseMove::Gitlab, format!("GitLab is busy ({status})"))
-        }
-        Ok(VerifyReply::Unexpected { status, message }) => {
-            fail(WhoseMove::Gitlab, format!("GitLab answered {status}: {message}"))
-        }
+        Ok(VerifyReply::Unclear(unclear)) => fail(WhoseMove::Gitlab, unclear.to_string()),
         Err(error) => return silent(finding, &error),
     };
     finding.fail(exit, whose_move, detail)

@@ -19,7 +19,7 @@ use crate::config::{self, Config};
 use crate::domain::id::{BackendName, RunnerName};
 use crate::gitlab::api::{NewRunner, RunnerChange};
 use crate::gitlab::wire::Secret;
-use crate::gitlab::{Credentials, RegisterReply, Registration, VerifyReply};
+use crate::gitlab::{Credentials, RegisterReply, Registration, Unclear, VerifyReply};
 
 /// The environment variable that may hold the token.
 const TOKEN_VAR: &str = "BRIDGE_TOKEN";
@@ -376,12 +376,14 @@ impl RegisterArgs {
                 "GitLab has registration tokens switched off".to_owned(),
                 Some("create the runner in GitLab and use the glrt- token it shows"),
             ),
-            RegisterReply::Busy { status, .. } => (
-                format!("GitLab is busy ({status})"),
-                Some("try again later; look in GitLab first whether there is a runner already"),
-            ),
-            RegisterReply::Unexpected { status, message } => {
-                (format!("GitLab answered {status}: {message}"), None)
+            RegisterReply::Unclear(unclear) => {
+                let hint = match unclear {
+                    Unclear::Busy { .. } => Some(
+                        "try again later; look in GitLab first whether there is a runner already",
+                    ),
+                    Unclear::Unexpected { .. } => None,
+                };
+                (unclear.to_string(), hint)
             }
         };
         let failure = Failure::new(Exit::Gitlab, format!("register {name:?}: {what}"));
@@ -584,13 +586,13 @@ pub(super) fn verified(
             "the runner's owner in GitLab is gone".to_owned(),
             "create a new runner in an existing project or group",
         ),
-        VerifyReply::Busy { status, .. } => {
-            (format!("GitLab is busy ({status})"), "try again later")
+        VerifyReply::Unclear(unclear) => {
+            let hint = match unclear {
+                Unclear::Busy { .. } => "try again later",
+                Unclear::Unexpected { .. } => "look whether --url is that of a GitLab",
+            };
+            (unclear.to_string(), hint)
         }
-        VerifyReply::Unexpected { status, message } => (
-            format!("GitLab answered {status}: {message}"),
-            "look whether --url is that of a GitLab",
-        ),
     };
     Err(Failure::new(Exit::Gitlab, format!("verify {name:?}: {what}")).hint(hint))
 }

@@ -6,7 +6,6 @@
 //! server can keep us reading.
 
 use std::fmt;
-use std::time::Duration;
 
 use reqwest::Method;
 use serde::de::DeserializeOwned;
@@ -16,6 +15,7 @@ use super::answer::Answer;
 use super::error::Error;
 use super::runners::Credentials;
 use super::transport::{Ask, Credential};
+use super::unclear::Unclear;
 use super::wire::{Secret, nullable};
 use super::{CiStatus, Client};
 
@@ -59,20 +59,8 @@ pub enum Refusal {
         /// GitLab's words.
         message: String,
     },
-    /// 408, 429, 5xx: later. What was asked for may have been done all the same.
-    Busy {
-        /// The status.
-        status: u16,
-        /// When the server wants to be asked again.
-        retry_after: Option<Duration>,
-    },
-    /// Any other status.
-    Unexpected {
-        /// The status.
-        status: u16,
-        /// GitLab's words.
-        message: String,
-    },
+    /// Any other status. What was asked for may have been done all the same.
+    Unclear(Unclear),
 }
 
 impl fmt::Display for Refusal {
@@ -88,10 +76,7 @@ impl fmt::Display for Refusal {
             }
             Self::Forbidden { message } => write!(f, "GitLab forbids it: {message}"),
             Self::NotFound { message } => write!(f, "GitLab has none: {message}"),
-            Self::Busy { status, .. } => write!(f, "GitLab is busy ({status})"),
-            Self::Unexpected { status, message } => {
-                write!(f, "GitLab answered {status}: {message}")
-            }
+            Self::Unclear(unclear) => unclear.fmt(f),
         }
     }
 }
@@ -499,10 +484,7 @@ impl Api {
                 None => Refusal::Forbidden { message },
             },
             404 => Refusal::NotFound { message },
-            status if answer.is_busy() => {
-                Refusal::Busy { status, retry_after: answer.retry_after(self.client.now()) }
-            }
-            status => Refusal::Unexpected { status, message },
+            _ => Refusal::Unclear(Unclear::of(answer, self.client.now())),
         }
     }
 

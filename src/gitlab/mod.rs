@@ -25,6 +25,7 @@ mod stream;
 mod tls;
 mod trace;
 mod transport;
+mod unclear;
 pub mod wire;
 
 use std::fmt;
@@ -49,6 +50,7 @@ pub use runners::{
 pub use stream::PartialFile;
 pub use trace::PatchReply;
 use transport::Transport;
+pub use unclear::Unclear;
 pub use wire::Secret;
 
 /// Where a GitLab is and how to talk to it.

@@ -1,7 +1,5 @@
 //! Registering, verifying and removing runners; changing their tokens.
 
-use std::time::Duration;
-
 use jiff::Timestamp;
 use reqwest::Method;
 use serde::Serialize;
@@ -12,6 +10,7 @@ use super::answer::Answer;
 use super::error::{Cause, Error};
 use super::info::Info;
 use super::transport::{Ask, Credential};
+use super::unclear::Unclear;
 use super::wire::{RunnerAnswer, Secret};
 
 /// A runner's number and token as GitLab gave them.
@@ -42,20 +41,8 @@ pub enum VerifyReply {
     Refused,
     /// 422: the runner's owner is gone.
     Orphaned,
-    /// 408, 429, 5xx: later.
-    Busy {
-        /// The status.
-        status: u16,
-        /// When the server wants to be asked again.
-        retry_after: Option<Duration>,
-    },
     /// Any other status; says nothing about the token.
-    Unexpected {
-        /// The status.
-        status: u16,
-        /// GitLab's words.
-        message: String,
-    },
+    Unclear(Unclear),
 }
 
 /// The runner that a registration token makes; GitLab's defaults where empty or zero.
@@ -112,20 +99,8 @@ pub enum RegisterReply {
     },
     /// 410: registration tokens are switched off; the runner must be created in GitLab.
     Disallowed,
-    /// 408, 429, 5xx: later; there may be a runner all the same.
-    Busy {
-        /// The status.
-        status: u16,
-        /// When the server wants to be asked again.
-        retry_after: Option<Duration>,
-    },
-    /// Any other status.
-    Unexpected {
-        /// The status.
-        status: u16,
-        /// GitLab's words.
-        message: String,
-    },
+    /// Any other status; there may be a runner all the same.
+    Unclear(Unclear),
 }
 
 /// What removing a runner or a runner manager may be answered with.
@@ -137,20 +112,8 @@ pub enum UnregisterReply {
     Refused,
     /// 404: the runner manager was not there.
     Unknown,
-    /// 408, 429, 5xx: later.
-    Busy {
-        /// The status.
-        status: u16,
-        /// When the server wants to be asked again.
-        retry_after: Option<Duration>,
-    },
     /// Any other status.
-    Unexpected {
-        /// The status.
-        status: u16,
-        /// GitLab's words.
-        message: String,
-    },
+    Unclear(Unclear),
 }
 
 /// What `runners/reset_authentication_token` may answer.
@@ -160,20 +123,8 @@ pub enum ResetReply {
     Done(Credentials),
     /// 403: wrong token.
     Refused,
-    /// 408, 429, 5xx: later; the old token may be dead all the same.
-    Busy {
-        /// The status.
-        status: u16,
-        /// When the server wants to be asked again.
-        retry_after: Option<Duration>,
-    },
-    /// Any other status.
-    Unexpected {
-        /// The status.
-        status: u16,
-        /// GitLab's words.
-        message: String,
-    },
+    /// Any other status; the old token may be dead all the same.
+    Unclear(Unclear),
 }
 
 #[derive(Serialize)]
@@ -233,10 +184,7 @@ impl Client {
             }
             403 => VerifyReply::Refused,
             422 => VerifyReply::Orphaned,
-            status if answer.is_busy() => {
-                VerifyReply::Busy { status, retry_after: answer.retry_after(self.now()) }
-            }
-            status => VerifyReply::Unexpected { status, message: answer.message() },
+            _ => VerifyReply::Unclear(Unclear::of(&answer, self.now())),
         })
     }
 
@@ -268,10 +216,7 @@ impl Client {
             400 => RegisterReply::Invalid { message: answer.message() },
             403 => RegisterReply::Refused { message: answer.message() },
             410 => RegisterReply::Disallowed,
-            status if answer.is_busy() => {
-                RegisterReply::Busy { status, retry_after: answer.retry_after(self.now()) }
-            }
-            status => RegisterReply::Unexpected { status, message: answer.message() },
+            _ => RegisterReply::Unclear(Unclear::of(&answer, self.now())),
         })
     }
 
@@ -304,10 +249,7 @@ impl Client {
             204 => UnregisterReply::Done,
             403 => UnregisterReply::Refused,
             404 => UnregisterReply::Unknown,
-            status if answer.is_busy() => {
-                UnregisterReply::Busy { status, retry_after: answer.retry_after(self.now()) }
-            }
-            status => UnregisterReply::Unexpected { status, message: answer.message() },
+            _ => UnregisterReply::Unclear(Unclear::of(&answer, self.now())),
         })
     }
 
@@ -321,10 +263,7 @@ impl Client {
         Ok(match answer.status {
             201 => ResetReply::Done(self.credentials(answer)?),
             403 => ResetReply::Refused,
-            status if answer.is_busy() => {
-                ResetReply::Busy { status, retry_after: answer.retry_after(self.now()) }
-            }
-            status => ResetReply::Unexpected { status, message: answer.message() },
+            _ => ResetReply::Unclear(Unclear::of(&answer, self.now())),
         })
     }
 

@@ -146,12 +146,7 @@ impl Change<'_> {
             Ok(VerifyReply::Valid { expires_at, .. }) => Verified::Good(expires_at),
             Ok(VerifyReply::Refused) => Verified::Refused,
             Ok(VerifyReply::Orphaned) => Verified::Orphaned,
-            Ok(VerifyReply::Busy { status, .. }) => {
-                Verified::Unclear(format!("GitLab is busy ({status})"))
-            }
-            Ok(VerifyReply::Unexpected { status, message }) => {
-                Verified::Unclear(format!("GitLab answered {status}: {message}"))
-            }
+            Ok(VerifyReply::Unclear(unclear)) => Verified::Unclear(unclear.to_string()),
             Err(error) => Verified::Unclear(Chain(&error).to_string()),
         }
     }
@@ -279,10 +274,7 @@ fn by_token(reply: Result<ResetReply, gitlab::Error>) -> Asked {
     match reply {
         Ok(ResetReply::Done(credentials)) => Asked::Done(credentials),
         Ok(ResetReply::Refused) => Asked::Refused,
-        Ok(ResetReply::Busy { status, .. }) => Asked::Unclear(format!("GitLab is busy ({status})")),
-        Ok(ResetReply::Unexpected { status, message }) => {
-            Asked::Unclear(format!("GitLab answered {status}: {message}"))
-        }
+        Ok(ResetReply::Unclear(unclear)) => Asked::Unclear(unclear.to_string()),
         Err(error) => unanswered(&error),
     }
 }
@@ -290,9 +282,7 @@ fn by_token(reply: Result<ResetReply, gitlab::Error>) -> Asked {
 fn by_number(reply: Result<ApiReply<Credentials>, gitlab::Error>) -> Asked {
     match reply {
         Ok(ApiReply::Done(credentials)) => Asked::Done(credentials),
-        Ok(ApiReply::Refused(refusal @ (Refusal::Busy { .. } | Refusal::Unexpected { .. }))) => {
-            Asked::Unclear(refusal.to_string())
-        }
+        Ok(ApiReply::Refused(Refusal::Unclear(unclear))) => Asked::Unclear(unclear.to_string()),
         Ok(ApiReply::Refused(
             refusal @ (Refusal::Invalid { .. }
             | Refusal::Unknown

@@ -19,7 +19,7 @@ use crate::cli::exit::{Exit, Failure};
 use crate::cli::register::{Known, LocalArgs, Place, ServerArgs, shown_id, verified};
 use crate::cli::{Context, client, info};
 use crate::config;
-use crate::gitlab::api::{Api, ApiReply, NewRunner, RunnerFilter, Whose};
+use crate::gitlab::api::{Api, ApiReply, NewRunner, Refusal, RunnerFilter, Whose};
 use crate::gitlab::{Credentials, Error, Secret, UnregisterReply};
 use crate::telemetry::Chain;
 
@@ -83,12 +83,7 @@ impl CreateArgs {
         let known = match api.create(&runner).await {
             Ok(ApiReply::Done(credentials)) => known(credentials),
             Ok(ApiReply::Refused(refusal)) => {
-                let unclear = matches!(
-                    refusal,
-                    crate::gitlab::api::Refusal::Busy { .. }
-                        | crate::gitlab::api::Refusal::Unexpected { .. }
-                );
-                if unclear {
+                if matches!(refusal, Refusal::Unclear(_)) {
                     clear(context, &api, &mark).await?;
                 }
                 note.remove()?;
@@ -215,18 +210,16 @@ impl CreateArgs {
                     }
                 }
             }
-            Ok(UnregisterReply::Busy { .. } | UnregisterReply::Unexpected { .. }) | Err(_) => {
-                match rescue(&known.token) {
-                    Ok(path) => format!(
-                        "the runner could not be deleted again; its token is in {path}: use it with \
+            Ok(UnregisterReply::Unclear(_)) | Err(_) => match rescue(&known.token) {
+                Ok(path) => format!(
+                    "the runner could not be deleted again; its token is in {path}: use it with \
                          `bridge register --token-file`, or delete the runner in GitLab"
-                    ),
-                    Err(_nowhere) => format!(
-                        "the runner {number} could not be deleted again and its token is lost: delete \
+                ),
+                Err(_nowhere) => format!(
+                    "the runner {number} could not be deleted again and its token is lost: delete \
                          it in GitLab"
-                    ),
-                }
-            }
+                ),
+            },
         };
         Failure::new(Exit::Unexpected, what).hint(hint).into()
     }

@@ -17,7 +17,7 @@ use super::{Context, client, info};
 use crate::config::{Config, Runner};
 use crate::domain::id::RunnerName;
 use crate::gitlab::identity::short_token;
-use crate::gitlab::{UnregisterReply, VerifyReply};
+use crate::gitlab::{Unclear, UnregisterReply, VerifyReply};
 use crate::telemetry::Chain;
 
 /// `bridge runners`.
@@ -233,8 +233,10 @@ async fn verify_row(context: &Context, runner: &Runner) -> anyhow::Result<Verify
         }
         Ok(VerifyReply::Refused) => ("refused", None, "deleted, or the token was reset".to_owned()),
         Ok(VerifyReply::Orphaned) => ("orphaned", None, "its owner is gone".to_owned()),
-        Ok(VerifyReply::Busy { status, .. }) => ("unclear", None, format!("busy ({status})")),
-        Ok(VerifyReply::Unexpected { status, message }) => {
+        Ok(VerifyReply::Unclear(Unclear::Busy { status, .. })) => {
+            ("unclear", None, format!("busy ({status})"))
+        }
+        Ok(VerifyReply::Unclear(Unclear::Unexpected { status, message })) => {
             ("unclear", None, format!("answered {status}: {message}"))
         }
         Err(error) => ("unclear", None, Chain(&error).to_string()),
@@ -329,12 +331,7 @@ impl UnregisterArgs {
             UnregisterReply::Refused => {
                 Err(failure("GitLab does not know its token".to_owned()).into())
             }
-            UnregisterReply::Busy { status, .. } => {
-                Err(failure(format!("GitLab is busy ({status})")).into())
-            }
-            UnregisterReply::Unexpected { status, message } => {
-                Err(failure(format!("GitLab answered {status}: {message}")).into())
-            }
+            UnregisterReply::Unclear(unclear) => Err(failure(unclear.to_string()).into()),
         }
     }
 }

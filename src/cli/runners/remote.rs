@@ -16,7 +16,7 @@ use crate::gitlab::api::{
     Api, ApiReply, ManagerSummary, Refusal, RunnerChange, RunnerDetails, RunnerFilter,
     RunnerSummary, Whose,
 };
-use crate::gitlab::{Client, ClientOptions, Secret, UnregisterReply, VerifyReply};
+use crate::gitlab::{Client, ClientOptions, Secret, Unclear, UnregisterReply, VerifyReply};
 
 /// The environment variable that may hold a personal access token; glab's, too.
 pub(super) const PAT_VAR: &str = "GITLAB_TOKEN";
@@ -150,8 +150,7 @@ async fn ask_number(context: &Context, runner: &Runner) -> anyhow::Result<i64> {
         VerifyReply::Valid { id: None, .. }
         | VerifyReply::Refused
         | VerifyReply::Orphaned
-        | VerifyReply::Busy { .. }
-        | VerifyReply::Unexpected { .. } => {
+        | VerifyReply::Unclear(_) => {
             let hint = "say GitLab's number (its page of the runner shows it): in place of the name, or \
                         to `rotate` with --id";
             Err(Failure::new(Exit::Gitlab, what).hint(hint).into())
@@ -167,8 +166,7 @@ pub(super) fn refused(what: &str, refusal: &Refusal) -> Failure {
         | Refusal::Unknown
         | Refusal::LacksScope { .. }
         | Refusal::Forbidden { .. }
-        | Refusal::Busy { .. }
-        | Refusal::Unexpected { .. } => Exit::Gitlab,
+        | Refusal::Unclear(_) => Exit::Gitlab,
     };
     let failure = Failure::new(exit, format!("{what}: {refusal}"));
     match refusal {
@@ -185,8 +183,8 @@ pub(super) fn refused(what: &str, refusal: &Refusal) -> Failure {
         Refusal::NotFound { .. } => {
             failure.hint("`bridge runners list --owned` shows the runners of the token's user")
         }
-        Refusal::Busy { .. } => failure.hint("try again later"),
-        Refusal::Invalid { .. } | Refusal::Unexpected { .. } => failure,
+        Refusal::Unclear(Unclear::Busy { .. }) => failure.hint("try again later"),
+        Refusal::Invalid { .. } | Refusal::Unclear(Unclear::Unexpected { .. }) => failure,
     }
 }
 
@@ -538,10 +536,7 @@ impl DeleteArgs {
             UnregisterReply::Refused | UnregisterReply::Unknown => {
                 "GitLab does not know its token".to_owned()
             }
-            UnregisterReply::Busy { status, .. } => format!("GitLab is busy ({status})"),
-            UnregisterReply::Unexpected { status, message } => {
-                format!("GitLab answered {status}: {message}")
-            }
+            UnregisterReply::Unclear(unclear) => unclear.to_string(),
         };
         Err(Failure::new(Exit::Gitlab, format!("{what}: {why}")).into())
     }

@@ -15,9 +15,13 @@ async fn every_status_of_a_verification_has_its_reply() {
         (200, r#"{"id":1,"token_expires_at":"soon"}"#, R::Valid { id: Some(1), expires_at: None }),
         (403, "{}", R::Refused),
         (422, "{}", R::Orphaned),
-        (429, "{}", R::Busy { status: 429, retry_after: None }),
-        (500, "{}", R::Busy { status: 500, retry_after: None }),
-        (400, r#"{"error":"bad"}"#, R::Unexpected { status: 400, message: "bad".into() }),
+        (429, "{}", R::Unclear(Unclear::Busy { status: 429, retry_after: None })),
+        (500, "{}", R::Unclear(Unclear::Busy { status: 500, retry_after: None })),
+        (
+            400,
+            r#"{"error":"bad"}"#,
+            R::Unclear(Unclear::Unexpected { status: 400, message: "bad".into() }),
+        ),
     ] {
         let server = answering(status(code).set_body_string(body)).await;
         let client = client(&server.uri());
@@ -98,8 +102,8 @@ async fn every_status_of_a_removal_has_its_reply() {
     for (code, expected) in [
         (403, R::Refused),
         (404, R::Unknown),
-        (502, R::Busy { status: 502, retry_after: None }),
-        (400, R::Unexpected { status: 400, message: String::new() }),
+        (502, R::Unclear(Unclear::Busy { status: 502, retry_after: None })),
+        (400, R::Unclear(Unclear::Unexpected { status: 400, message: String::new() })),
     ] {
         let server = answering(status(code)).await;
         assert_eq!(client(&server.uri()).unregister_runner(&token()).await.unwrap(), expected);
