@@ -86,7 +86,8 @@
 //! * What a job leaves behind is brought home in `reporting`, after its verdict is noted: a restart then
 //!   goes on with the uploads and never runs anything again. An artifact that GitLab refuses turns a green
 //!   verdict red, which is why the trace's last line is written last.
-//! * Files of a workspace are touched by `job::hands` and by [`archive`], which packs and unpacks them.
+//! * Files of a workspace are touched by `job::hands` and by [`archive`], which packs and unpacks them;
+//!   where nothing is shared, by the backend, too, which carries them away and brings outputs home.
 //! * Payloads lie in a table of their own: writing a job's facts must not copy a payload of megabytes.
 //! * Writes that wait together are committed together, each in a savepoint: fifty jobs a second would
 //!   otherwise wait for several hundred `fsync`s. None is acknowledged before the commit it is in.
