@@ -15,7 +15,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use tempfile::TempDir;
 
 /// How long anything may take here; a loaded machine is slow, but not slower than this.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 /// What every backend here is told: a bed is quick, so jobs look often.
 pub(crate) const QUICK: &str =
@@ -114,18 +114,25 @@ pub(crate) async fn set_status(bed: &Bed, who: &str, id: &str, statuses: &[(&str
     let token = std::fs::read_to_string(bed.path().join(format!("state/{who}.token"))).unwrap();
     let http = reqwest::Client::builder().no_proxy().tls_certs_only([]).build().unwrap();
     for (status, minor) in statuses {
-        let time = Command::new("date").args(["-u", "+%FT%T.%6N+00:00"]).output().unwrap();
-        let time = String::from_utf8(time.stdout).unwrap().trim().to_owned();
         let change = serde_json::json!({"Status": status, "MinorStatus": minor, "Source": "test"});
-        let answer = http
-            .patch(format!("{}/api/jobs/status", bed.url))
-            .bearer_auth(token.trim())
-            .header("content-type", "application/json")
-            .body(serde_json::json!({ id: { time: change } }).to_string())
-            .send()
-            .await
-            .unwrap();
-        let answer = answer.text().await.unwrap();
+        let set = until(format!("{status} to be set"), async || {
+            let time = Command::new("date").args(["-u", "+%FT%T.%6N+00:00"]).output().unwrap();
+            let time = String::from_utf8(time.stdout).unwrap().trim().to_owned();
+            let answer = http
+                .patch(format!("{}/api/jobs/status", bed.url))
+                .bearer_auth(token.trim())
+                .header("content-type", "application/json")
+                .body(serde_json::json!({ id: { time: change.clone() } }).to_string())
+                .send()
+                .await
+                .unwrap();
+            // Two changes of one job at the same moment make the server fail.
+            if answer.status().is_server_error() {
+                return None;
+            }
+            Some(answer.text().await.unwrap())
+        });
+        let answer = set.await.unwrap();
         assert!(answer.contains(&format!("\"Status\":\"{status}\"")), "{status}: {answer}");
     }
 }
@@ -169,7 +176,7 @@ impl Site {
             env: Vec::new(),
             workspace: self.work(),
             outputs: Vec::new(),
-            limits: Limits { wall_time: Some(Duration::from_secs(300)) },
+            limits: Limits { wall_time: Some(Duration::from_secs(600)) },
             options: toml::Table::new(),
         }
     }
@@ -215,13 +222,68 @@ impl Site {
         fits: impl Fn(&Observation) -> bool + Sync + Send,
     ) -> Observation {
         let mut last = None;
-        until(format!("{job:?}"), async || {
-            let seen = self.backend.poll(std::slice::from_ref(job)).await.ok()?.remove(&job.id);
+        let mut unasked = None;
+        let fitting = until(format!("{job:?}"), async || {
+            let seen = match self.backend.poll(std::slice::from_ref(job)).await {
+                Ok(mut seen) => seen.remove(&job.id),
+                Err(error) => {
+                    unasked = Some(error);
+                    return None;
+                }
+            };
             last.clone_from(&seen);
             seen.filter(|seen| fits(seen))
-        })
-        .await
-        .unwrap_or_else(|what| panic!("{what} was last seen as {last:?}"))
+        });
+        match fitting.await {
+            Ok(seen) => seen,
+            Err(what) => panic!(
+                "{what} was last seen as {last:?}, and could not be seen for {unasked:?}\n{}",
+                self.history(job).await
+            ),
+        }
+    }
+
+    /// Kills jobs as the core does: again until it was heard.
+    pub(crate) async fn cancel(&self, jobs: &[JobRef]) {
+        let mut last = None;
+        let heard =
+            until(format!("a kill of {jobs:?}"), async || match self.backend.cancel(jobs).await {
+                Ok(()) => Some(()),
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::Transient, "{error:?}");
+                    last = Some(error);
+                    None
+                }
+            });
+        if let Err(what) = heard.await {
+            let mut stories = String::new();
+            for job in jobs {
+                stories.push_str(&self.history(job).await);
+            }
+            panic!("{what} was not heard: {last:?}\n{stories}");
+        }
+    }
+
+    /// Gives all that DIRAC has of a job, for failures.
+    pub(crate) async fn history(&self, job: &JobRef) -> String {
+        let token = std::fs::read_to_string(self.bed.token_file()).unwrap();
+        let http = reqwest::Client::builder().no_proxy().tls_certs_only([]).build().unwrap();
+        let question = serde_json::json!({
+            "parameters": ["JobID", "JobName", "Status", "MinorStatus", "ApplicationStatus",
+                "LastUpdateTime", "LoggingInfo"],
+            "search": [{"parameter": "JobID", "operator": "eq", "value": job.id.0}],
+        });
+        let answer = http
+            .post(format!("{}/api/jobs/search", self.bed.url))
+            .bearer_auth(token.trim())
+            .header("content-type", "application/json")
+            .body(question.to_string())
+            .send()
+            .await;
+        match answer {
+            Ok(answer) => answer.text().await.unwrap_or_default().replace("},{", "},\n  {"),
+            Err(error) => format!("DIRAC does not say what it has of {job:?}: {error:?}"),
+        }
     }
 
     pub(crate) async fn running(&self, job: &JobRef) {
@@ -233,21 +295,38 @@ impl Site {
         let seen = self
             .until(job, |seen| matches!(seen, Observation::Ended { .. } | Observation::Gone))
             .await;
-        let Observation::Ended { outcome, .. } = seen else { panic!("{job:?}: {seen:?}") };
+        let Observation::Ended { outcome, .. } = seen else {
+            panic!("{job:?}: {seen:?}\n{}", self.history(job).await)
+        };
         outcome
     }
 
     /// Reads a log to its end.
     pub(crate) async fn log(&self, job: &JobRef) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        until(format!("the log of {job:?}"), async || {
-            let from = u64::try_from(bytes.len()).unwrap();
-            let chunk = self.backend.read_log(job, from, 1 << 20).await.ok()?;
+        let (mut bytes, mut ended, mut last) = (Vec::new(), false, None);
+        while !ended {
+            // A long log takes long; each piece of it has its own time.
+            let more = until(format!("more of the log of {job:?}"), async || {
+                let from = u64::try_from(bytes.len()).unwrap();
+                match self.backend.read_log(job, from, 1 << 20).await {
+                    Ok(chunk) => Some(chunk).filter(|chunk| chunk.end || !chunk.bytes.is_empty()),
+                    Err(error) => {
+                        last = Some(error);
+                        None
+                    }
+                }
+            });
+            let chunk = match more.await {
+                Ok(chunk) => chunk,
+                Err(what) => panic!(
+                    "no {what} after {} bytes: {last:?}\n{}",
+                    bytes.len(),
+                    self.history(job).await
+                ),
+            };
             bytes.extend_from_slice(&chunk.bytes);
-            chunk.end.then_some(())
-        })
-        .await
-        .unwrap_or_else(|what| panic!("{what} has no end"));
+            ended = chunk.end;
+        }
         bytes
     }
 
@@ -263,9 +342,9 @@ impl Site {
     }
 }
 
-/// A line of shell that waits for a file of this test's.
+/// A line of shell that waits for a file of this test's, for longer than any test has patience.
 pub(crate) fn wait_for(name: &str) -> String {
-    format!("n=0; until [ -e @/{name} ] || [ $n -ge 1200 ]; do n=$((n + 1)); sleep 0.05; done\n")
+    format!("n=0; until [ -e @/{name} ] || [ $n -ge 9000 ]; do n=$((n + 1)); sleep 0.05; done\n")
 }
 
 /// Gives a token that no other test has.

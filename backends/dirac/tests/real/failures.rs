@@ -1,8 +1,11 @@
 //! What a server says no to, and what it says wrongly.
 
-use bridge_backend::{BackendError, ErrorKind, Fault, JobRef, Observation, Outcome};
+use std::sync::Arc;
 
-use crate::bed::{Bed, QUICK, Site, open, token, unwanted, wait_for};
+use bridge_backend::{BackendError, ErrorKind, Fault, JobRef, Observation, Outcome};
+use tokio::sync::Semaphore;
+
+use crate::bed::{Bed, QUICK, Site, open, token, until, unwanted, wait_for};
 use crate::proxy::{Mischief, Proxy};
 
 async fn through_a_proxy() -> (Site, Proxy) {
@@ -92,13 +95,18 @@ async fn a_question_that_is_answered_badly_is_asked_again_later() {
     // Past the end there is nothing, and that is an answer.
     proxy.next("POST /api/jobs/search", Mischief::Say(416, "[]"));
     assert!(site.backend.find(std::slice::from_ref(&job.token)).await.unwrap().is_empty());
+    // The job has just begun, and DIRAC writes about it all the while.
     for (status, text) in [(403, "{}"), (500, "x"), (200, "[]")] {
         proxy.next("PATCH /api/jobs/status", Mischief::Say(status, text));
         let held = site.run(&wait_for("never")).await;
         let killed = site.backend.cancel(std::slice::from_ref(&held)).await;
-        assert_eq!(killed.unwrap_err().kind(), ErrorKind::Transient, "{status}");
-        site.backend.cancel(std::slice::from_ref(&held)).await.unwrap();
-        assert!(matches!(site.outcome(&held).await, Outcome::Cancelled { .. }));
+        let Err(error) = killed else { panic!("{status}: {}", site.history(&held).await) };
+        assert_eq!(error.kind(), ErrorKind::Transient, "{status}: {}", story(&error));
+        assert!(proxy.is_honest(), "{status}: {}", story(&error));
+        site.cancel(std::slice::from_ref(&held)).await;
+        let outcome = site.outcome(&held).await;
+        let cancelled = matches!(outcome, Outcome::Cancelled { .. });
+        assert!(cancelled, "{status}: {outcome:?}\n{}", site.history(&held).await);
     }
     assert_eq!(site.outcome(&job).await, Outcome::Exited { code: 0 });
 }
@@ -112,13 +120,15 @@ async fn a_kill_that_dirac_ignores_is_noticed() {
     let job = site.run(&wait_for("never")).await;
     let ignored = "{\"success\":{\"ID\":{\"Status\":null}},\"failed\":{}}".replace("ID", &job.id.0);
     let ignored: &str = Box::leak(ignored.into_boxed_str());
-    for _ in 0..2 {
+    // However often it is dated anew.
+    for _ in 0..4 {
         proxy.next("PATCH /api/jobs/status", Mischief::Say(200, ignored));
     }
     let error = site.backend.cancel(std::slice::from_ref(&job)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Transient);
     assert!(story(&error).contains(&job.id.0), "{}", story(&error));
-    site.backend.cancel(std::slice::from_ref(&job)).await.unwrap();
+    assert!(proxy.is_honest());
+    site.cancel(std::slice::from_ref(&job)).await;
     assert!(matches!(site.outcome(&job).await, Outcome::Cancelled { .. }));
 }
 
@@ -131,23 +141,62 @@ async fn a_clock_that_is_ahead_does_not_make_a_kill_vanish() {
     let site = Site::on(&bed);
     let job = site.run(&wait_for("never")).await;
     site.running(&job).await;
-    // Somebody whose clock is an hour ahead has left a mark in the history.
-    let pilot = std::fs::read_to_string(bed.path().join("state/pilot.token")).unwrap();
+    // Somebody whose clock is ahead has left a mark in the history.
+    note_at(&site, &job, "2099-01-01T00:00:00+00:00").await;
+    site.cancel(std::slice::from_ref(&job)).await;
+    assert!(matches!(site.outcome(&job).await, Outcome::Cancelled { .. }));
+}
+
+/// Writes a line of this time into a job's history, as the site does.
+async fn note_at(site: &Site, job: &JobRef, time: &str) {
+    let pilot = std::fs::read_to_string(site.bed.path().join("state/pilot.token")).unwrap();
     let http = reqwest::Client::builder().no_proxy().tls_certs_only([]).build().unwrap();
-    let ahead = "2099-01-01T00:00:00+00:00";
-    let answer = http
-        .patch(format!("{}/api/jobs/status", bed.url))
-        .bearer_auth(pilot)
-        .header("content-type", "application/json")
-        .body(format!(
-            "{{\"{}\":{{\"{ahead}\":{{\"MinorStatus\":\"Application\",\"Source\":\"x\"}}}}}}",
-            job.id
-        ))
-        .send()
-        .await
-        .unwrap();
-    assert!(answer.status().is_success());
-    site.backend.cancel(std::slice::from_ref(&job)).await.unwrap();
+    let line = serde_json::json!({"MinorStatus": "Application", "Source": "x"});
+    let noted = until(format!("a line of {time}"), async || {
+        let answer = http
+            .patch(format!("{}/api/jobs/status", site.bed.url))
+            .bearer_auth(pilot.trim())
+            .header("content-type", "application/json")
+            .body(serde_json::json!({ job.id.0.as_str(): { time: line.clone() } }).to_string())
+            .send()
+            .await
+            .unwrap();
+        // Two changes of one job at the same moment make the server fail.
+        answer.status().is_success().then_some(())
+    });
+    noted.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_is_heard_although_the_job_is_written_about_meanwhile() {
+    if unwanted() {
+        return;
+    }
+    let (site, proxy) = through_a_proxy().await;
+    let job = site.run(&wait_for("never")).await;
+    site.running(&job).await;
+    let kill = "PATCH /api/jobs/status";
+    let held: Vec<Arc<Semaphore>> = (0..2).map(|_| Arc::new(Semaphore::new(0))).collect();
+    for gate in &held {
+        proxy.next(kill, Mischief::Hold(Arc::clone(gate)));
+    }
+    // Between each look at the history and the kill that comes after all of it something newer is
+    // written, by a clock of which the server's time says nothing.
+    let newer = async {
+        for (n, gate) in held.iter().enumerate() {
+            let asked =
+                until(format!("kill {n}"), async || (proxy.asked_of(kill) > n).then_some(()));
+            asked.await.unwrap();
+            note_at(&site, &job, &format!("2099-01-01T00:00:00.{n}00+00:00")).await;
+            gate.close();
+        }
+    };
+    let (killed, ()) =
+        futures_util::future::join(site.backend.cancel(std::slice::from_ref(&job)), newer).await;
+    if let Err(error) = killed {
+        panic!("{}\n{}", story(&error), site.history(&job).await);
+    }
+    assert!(proxy.is_honest());
     assert!(matches!(site.outcome(&job).await, Outcome::Cancelled { .. }));
 }
 
@@ -169,7 +218,7 @@ async fn foreign_and_vanished_jobs_do_not_spoil_the_rest() {
     let seen = site.backend.poll(&all).await.unwrap();
     assert_eq!(seen.get(&gone.id), Some(&Observation::Gone));
     assert_eq!(seen.get(&foreign.id), Some(&Observation::Gone));
-    site.backend.cancel(&all).await.unwrap();
+    site.cancel(&all).await;
     assert!(matches!(site.outcome(&ours).await, Outcome::Cancelled { .. }));
     site.backend.release(&foreign).await.unwrap();
     assert!(site.backend.find(std::slice::from_ref(&theirs.token)).await.unwrap().is_empty());

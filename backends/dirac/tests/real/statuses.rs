@@ -5,11 +5,11 @@ use bridge_backend::{JobRef, Observation, Outcome};
 use crate::bed::{Bed, Site, set_status, until, unwanted, wait_for};
 
 async fn cancelled(site: &Site, job: &JobRef) {
-    site.backend.cancel(std::slice::from_ref(job)).await.unwrap();
+    site.cancel(std::slice::from_ref(job)).await;
     let outcome = site.outcome(job).await;
     assert!(matches!(outcome, Outcome::Cancelled { by: None }), "{outcome:?}");
     // Again, which is fine.
-    site.backend.cancel(std::slice::from_ref(job)).await.unwrap();
+    site.cancel(std::slice::from_ref(job)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -52,7 +52,7 @@ async fn a_kill_is_heard_in_every_state() {
             cancelled(&site, &job).await;
         } else {
             // It ran, and nothing on the worker will ever tell of its end.
-            site.backend.cancel(std::slice::from_ref(&job)).await.unwrap();
+            site.cancel(std::slice::from_ref(&job)).await;
             let seen = site.look(&job).await;
             assert!(matches!(seen, Some(Observation::Running { .. })), "{steps}: {seen:?}");
         }
@@ -61,7 +61,7 @@ async fn a_kill_is_heard_in_every_state() {
     set_status(&bed, "pilot", &job.id.0, &way[..4]).await;
     let completing = [("Completing", "Uploading Output Sandbox")];
     set_status(&bed, "pilot", &job.id.0, &completing).await;
-    site.backend.cancel(std::slice::from_ref(&job)).await.unwrap();
+    site.cancel(std::slice::from_ref(&job)).await;
     let seen = site.look(&job).await;
     assert!(matches!(seen, Some(Observation::Running { .. })), "{seen:?}");
 }
@@ -100,7 +100,7 @@ async fn a_job_that_is_deleted_under_us_is_cancelled_by_somebody() {
     let both = [job.clone(), other.clone()];
     let seen = site.backend.poll(&both).await.unwrap();
     assert!(matches!(seen.get(&other.id), Some(Observation::Pending { .. })), "{seen:?}");
-    site.backend.cancel(&both).await.unwrap();
+    site.cancel(&both).await;
     assert!(matches!(site.outcome(&other).await, Outcome::Cancelled { by: None }));
 }
 
