@@ -31,12 +31,11 @@ use crate::unpack::unpack;
 /// Jobs in one search; the server gives 10000 rows at once.
 const POLL_BATCH: usize = 2_000;
 
-/// Named like the JDL's attributes, which DIRAC's users know.
+/// Named like the JDL's attributes, which DIRAC's users know, or like the keys of the table.
 const JOB_VARIABLES: &[(&str, &str)] = &[
     ("DIRAC_BANNEDSITES", "banned_sites"),
     ("DIRAC_BANNED_SITES", "banned_sites"),
     ("DIRAC_CPUTIME", "cpu_time"),
-    ("DIRAC_CPU_TIME", "cpu_time"),
     ("DIRAC_NUMBEROFPROCESSORS", "processors"),
     ("DIRAC_PLATFORM", "platform"),
     ("DIRAC_PRIORITY", "priority"),
@@ -379,5 +378,26 @@ impl Backend for Dirac {
 
     fn login(&self) -> Option<Login> {
         self.tokens.login()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::JOB_VARIABLES;
+
+    #[test]
+    fn the_readme_names_all_variables_of_jobs_and_no_others() {
+        let readme = include_str!("../../../README.md");
+        let rows = readme.lines().filter(|line| line.starts_with("| `BRIDGE_"));
+        let mut told: Vec<(String, String)> = Vec::new();
+        for row in rows.filter(|row| row.contains("`DIRAC_")) {
+            let mut words = row.split('`').skip(1).step_by(2);
+            let key = words.next().unwrap().strip_prefix("BRIDGE_").unwrap().to_lowercase();
+            let theirs = words.filter(|word| word.starts_with("DIRAC_"));
+            told.extend(theirs.map(|name| (name.to_owned(), key.clone())));
+        }
+        told.sort_unstable();
+        let known = JOB_VARIABLES.iter().map(|(name, key)| ((*name).to_owned(), (*key).to_owned()));
+        assert_eq!(told, known.collect::<Vec<_>>());
     }
 }

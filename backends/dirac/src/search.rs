@@ -73,9 +73,7 @@ impl Row {
     pub(crate) fn history(&self) -> &[Logged] {
         self.logging_info.as_deref().unwrap_or_default()
     }
-}
 
-impl Row {
     /// Adds what the job said by other means, as if it stood in the history.
     pub(crate) fn add_word(&mut self, word: Option<String>) {
         if let Some(word) = word
