@@ -111,9 +111,18 @@ async fn a_job_without_any_token_left_comes_home_with_diracs_own_sandbox() {
     let bed = Bed::shared();
     let more = format!("{QUICK}worker_patience = '3s'");
     let site = Site::of(&bed, open(&bed.url, &bed.token_file(), &more));
-    let odd = r#"{"token_seconds": 6, "refresh": false}"#;
-    let spec = site.spec("echo one; sleep 9; echo two; exit 3\n");
-    let job = site.submit_to(odd, &spec).await;
-    assert_eq!(site.outcome(&job).await, Outcome::Exited { code: 3 });
-    assert_eq!(site.log(&job).await, b"one\ntwo\n");
+    // It must last until the job has begun, which on a slow machine takes its time, and no longer.
+    for seconds in [6, 18, 54] {
+        let odd = format!(r#"{{"token_seconds": {seconds}, "refresh": false}}"#);
+        let script = format!(": >@/begun{seconds}; echo one; sleep {seconds}; echo two; exit 3\n");
+        let job = site.submit_to(&odd, &site.spec(&script)).await;
+        let outcome = site.outcome(&job).await;
+        if site.dir.path().join(format!("begun{seconds}")).exists() {
+            assert_eq!(outcome, Outcome::Exited { code: 3 }, "{}", site.history(&job).await);
+            assert_eq!(site.log(&job).await, b"one\ntwo\n");
+            return;
+        }
+        assert!(matches!(outcome, Outcome::SystemFailed { .. }), "{outcome:?}");
+    }
+    panic!("no job begins here within a minute");
 }
