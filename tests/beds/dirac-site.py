@@ -141,8 +141,8 @@ class Job(threading.Thread):
     def work(self):
         odd = self.site.bed / "workers" / (self.row.get("JobName") or "none")
         self.odd = json.loads(odd.read_text()) if odd.is_file() else {}
-        if self.report("Running", "Job Initialization") != "Running":
-            return
+        # DIRAC's wrapper does not look at the answer either: who was killed just now begins all the same.
+        self.report("Running", "Job Initialization")
         spec, tokens = self.jdl(), self.owner()
         # A job that is started again may still run elsewhere.
         folder = self.site.bed / "jobs" / f"{self.id}-{uuid.uuid4().hex[:8]}"
