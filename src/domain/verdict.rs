@@ -165,6 +165,7 @@ impl Verdict {
                 Cause::Ended(outcome) => match outcome {
                     Outcome::Cancelled { .. }
                     | Outcome::TimedOut
+                    | Outcome::Expired
                     | Outcome::Preempted
                     | Outcome::SystemFailed { .. } => true,
                     // A script that ended by itself keeps its result: the server turns it into
@@ -289,6 +290,11 @@ impl Verdict {
                 None,
                 "the batch system's time limit ended the job".into(),
             ),
+            Outcome::Expired => Self::failed(
+                R::JobExecutionTimeout,
+                None,
+                "the job's timeout passed while it waited in the batch queue".into(),
+            ),
             Outcome::ScriptTimedOut => Self::failed(
                 R::JobExecutionTimeout,
                 None,
@@ -376,6 +382,7 @@ mod tests {
             (exited(0), None, None),
             (exited(3), Some("script_failure"), Some(3)),
             (ended(Outcome::TimedOut), Some("job_execution_timeout"), None),
+            (ended(Outcome::Expired), Some("job_execution_timeout"), None),
             (ended(Outcome::ScriptTimedOut), Some("job_execution_timeout"), None),
             (sources(SourcesFailure::Exited { code: 128 }), Some("script_failure"), Some(128)),
             (sources(SourcesFailure::TimedOut), Some("job_execution_timeout"), None),

@@ -267,10 +267,14 @@ mod tests {
             vec![step("script", &["run --n ${{ job.inputs.n }} '${{ job.inputs.list }}'"])];
         payload.image = Some(Image { name: "img:${{ job.inputs.on }}".into(), ..Image::default() });
         let plan = plan(&payload, &runner(), Slot::default()).unwrap();
-        let script = plan.spec(None).script;
+        let script = plan.spec(bridge_backend::Limits::default()).script;
         assert!(script.contains("run --n 3 "), "{script}");
         assert!(script.contains("[\"a b\",1,true]"), "{script}");
-        let image = plan.spec(None).env.into_iter().find(|v| v.name.ends_with("CI_JOB_IMAGE"));
+        let image = plan
+            .spec(bridge_backend::Limits::default())
+            .env
+            .into_iter()
+            .find(|v| v.name.ends_with("CI_JOB_IMAGE"));
         let image = image.unwrap().value;
         assert_eq!(secrecy::ExposeSecret::expose_secret(&image), "img:true");
     }

@@ -382,7 +382,7 @@ pub fn plan_at(
 
 impl Plan {
     /// Gives what a backend is handed.
-    pub fn spec(&self, wall_time: Option<Duration>) -> JobSpec {
+    pub fn spec(&self, limits: Limits) -> JobSpec {
         let env = self
             .env
             .iter()
@@ -395,7 +395,7 @@ impl Plan {
             env,
             workspace: self.project_dir.clone(),
             outputs: self.outputs(),
-            limits: Limits { wall_time },
+            limits,
             options: self.options.clone(),
         }
     }

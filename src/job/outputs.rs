@@ -177,7 +177,11 @@ mod tests {
             })
             .collect();
         let plan = plan(&payload, runner, Slot::default()).unwrap();
-        plan.spec(None).outputs.into_iter().map(|pattern| pattern.0).collect()
+        plan.spec(bridge_backend::Limits::default())
+            .outputs
+            .into_iter()
+            .map(|pattern| pattern.0)
+            .collect()
     }
 
     #[test]

@@ -74,7 +74,7 @@ mod tests {
     fn options_of(variables: &[(&str, &str)], backend: OnBackend) -> Result<String, Unrunnable> {
         let runner = RunnerContext { backend, ..runner() };
         let plan = plan(&payload(variables), &runner, Slot::default())?;
-        Ok(plan.spec(None).options.to_string())
+        Ok(plan.spec(bridge_backend::Limits::default()).options.to_string())
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use bridge_backend::JobSpec;
 use bridge_backend::result::{JOB_DIR_VAR, JobResult, Step as EndStep};
+use bridge_backend::{JobSpec, Limits};
 use camino::Utf8PathBuf;
 use rustix::process::{Pid, Signal};
 use secrecy::ExposeSecret as _;
@@ -85,7 +85,7 @@ impl Job {
         let plan = plan(&self.payload, &self.runner, Slot::default()).unwrap();
         fs::create_dir_all(&plan.project_dir).unwrap();
         fs::create_dir_all(&plan.temp_dir).unwrap();
-        let mut spec = plan.spec(None);
+        let mut spec = plan.spec(Limits::default());
         spec.script = (self.edit)(spec.script);
         spec
     }

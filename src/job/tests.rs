@@ -41,7 +41,7 @@ pub(super) fn step(name: &str, lines: &[&str]) -> Step {
 }
 
 fn env(plan: &Plan) -> BTreeMap<String, String> {
-    plan.spec(None)
+    plan.spec(Limits::default())
         .env
         .iter()
         .map(|var| {
@@ -222,7 +222,7 @@ fn no_secret_is_in_the_script_or_in_debug_output() {
     payload.variables.push(Variable { file: true, ..variable("KEYFILE", "keycontent") });
     payload.steps = vec![step("script", &["true"])];
     let plan = plan(&payload, &runner(), Slot::default()).unwrap();
-    let spec = plan.spec(Some(Duration::from_secs(60)));
+    let spec = plan.spec(Limits { wall_time: Some(Duration::from_secs(60)), expiry: None });
     assert_eq!(spec.limits.wall_time, Some(Duration::from_secs(60)));
     assert_eq!(spec.label, "hep/tracker simulate #4711");
     let shown = format!("{plan:?} {spec:?} {}", spec.script);
@@ -237,7 +237,7 @@ fn the_same_input_gives_the_same_plan() {
     let mut payload = payload(&[("A", "1"), ("B", "2"), ("BRIDGE_MEM", "1G")]);
     payload.steps = vec![step("script", &["true"]), step("after_script", &["true"])];
     let spec = || {
-        let spec = plan(&payload, &runner(), Slot::default()).unwrap().spec(None);
+        let spec = plan(&payload, &runner(), Slot::default()).unwrap().spec(Limits::default());
         let env: Vec<_> =
             spec.env.iter().map(|v| (v.name.clone(), v.value.expose_secret().to_owned())).collect();
         (spec.script, env, spec.options)
@@ -255,7 +255,7 @@ fn what_steps_say_of_time_and_failure_is_the_servers_matter() {
                 {{"name": "after_script", "script": ["true"] {extra}}}]"#
         ))
         .unwrap();
-        plan(&payload, &runner(), Slot::default()).unwrap().spec(None).script
+        plan(&payload, &runner(), Slot::default()).unwrap().spec(Limits::default()).script
     };
     let plain = script("");
     for extra in [

@@ -470,6 +470,7 @@ mod tests {
     fn where_nothing_is_shared_only_what_travels_is_named() {
         use super::super::tests::{payload, runner};
         use super::super::{OnBackend, plan};
+        use bridge_backend::Limits;
         let mut runner = RunnerContext {
             tls_ca_file: Some("/etc/ca.pem".into()),
             tls_key_file: Some("/etc/key.pem".into()),
@@ -478,7 +479,7 @@ mod tests {
         let value = |runner: &RunnerContext, name: &str| {
             let plan = plan(&payload(&[]), runner, Slot::default()).unwrap();
             let name = format!("{CARRIER}{name}");
-            let spec = plan.spec(None);
+            let spec = plan.spec(Limits::default());
             let found = spec.env.iter().find(|var| var.name == name);
             let value = found.map(|var| var.value.expose_secret().to_owned());
             value.map(|value| value.replace(plan.project_dir.as_str(), "P"))

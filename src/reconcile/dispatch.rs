@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bridge_backend::{
-    BackendError, ErrorKind, ExternalId, Filesystem, JobSpec, Lookup, SubmitToken,
+    BackendError, ErrorKind, Expiry, ExternalId, Filesystem, JobSpec, Limits, Lookup, SubmitToken,
 };
 use tokio::sync::{OwnedSemaphorePermit, SemaphorePermit};
 
@@ -70,7 +70,7 @@ impl Step<'_> {
                 return self.conclude(Cause::Unrunnable { detail }).await;
             }
         };
-        if let Err(left_secs) = self.wall_time(plan) {
+        if let Err(left_secs) = self.limits(plan) {
             return self.conclude(Cause::NoTimeLeft { left_secs }).await;
         }
         // A slow clone must not keep the other jobs' news waiting.
@@ -96,8 +96,8 @@ impl Step<'_> {
             self.keep(desk).await?;
             return self.stopped(stopped).await;
         }
-        let spec = match self.wall_time(plan) {
-            Ok(wall_time) => plan.spec(wall_time),
+        let spec = match self.limits(plan) {
+            Ok(limits) => plan.spec(limits),
             Err(left_secs) => {
                 self.keep(desk).await?;
                 return self.conclude(Cause::NoTimeLeft { left_secs }).await;
@@ -120,15 +120,19 @@ impl Step<'_> {
         self.submit(&spec, &prepared).await
     }
 
-    fn wall_time(&self, plan: &Plan) -> Result<Option<Duration>, u64> {
-        policy::wall_time(
-            self.now(),
+    /// Gives what is left of the job's time; `Err` when it is too little, in seconds.
+    fn limits(&self, plan: &Plan) -> Result<Limits, u64> {
+        let now = self.now();
+        let wall_time = policy::wall_time(
+            now,
             self.job.deadline_at,
             plan.timeout,
             self.runner.deadline_reserve,
             self.runner.minimum_run_time,
-        )
-        .map(Some)
+        )?;
+        let within = policy::until(now, self.job.deadline_at);
+        let expiry = Expiry { within, reserve: within.saturating_sub(wall_time) };
+        Ok(Limits { wall_time: Some(wall_time), expiry: Some(expiry) })
     }
 
     async fn stopped(&mut self, stopped: Stopped) -> Result<Flow, StepError> {
@@ -436,8 +440,8 @@ impl Step<'_> {
                 return self.conclude(Cause::Unrunnable { detail }).await;
             }
         };
-        let wall_time = match self.wall_time(plan) {
-            Ok(wall_time) => wall_time,
+        let limits = match self.limits(plan) {
+            Ok(limits) => limits,
             Err(left_secs) => return self.conclude(Cause::NoTimeLeft { left_secs }).await,
         };
         // The same token again: should the first submission appear after all, it is the same job.
@@ -447,7 +451,7 @@ impl Step<'_> {
         self.r.store.note(&self.job, "attempted_again", now, None).await?;
         // A backend that is slow to take jobs must not keep the other jobs' news waiting.
         *permit = None;
-        self.submit(&plan.spec(wall_time), &prepared).await
+        self.submit(&plan.spec(limits), &prepared).await
     }
 
     /// Tells from when on a doubtful submission's absence counts; `None` if it always does.

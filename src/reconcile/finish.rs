@@ -41,8 +41,12 @@ impl Inner {
 }
 
 /// Tells whether a job that ended so can have left anything: its script was begun, or was to be and its
-/// stages before it failed, and time is left.
-pub(in crate::reconcile) fn may_leave_something(cause: &Cause, started: bool) -> bool {
+/// stages before it failed, and time is left. `at_hand` says that it lies here and need not be sent for.
+pub(in crate::reconcile) fn may_leave_something(
+    cause: &Cause,
+    started: bool,
+    at_hand: bool,
+) -> bool {
     match cause {
         Cause::Ended(outcome) => match outcome {
             Outcome::Exited { .. }
@@ -54,11 +58,13 @@ pub(in crate::reconcile) fn may_leave_something(cause: &Cause, started: bool) ->
             Outcome::Cancelled { .. } | Outcome::Preempted | Outcome::SystemFailed { .. } => {
                 started
             }
+            Outcome::Expired => false,
         },
         // The time limit keeps a reserve of the job's time for exactly this.
         Cause::TimeLimit { .. } | Cause::StageFailed { .. } | Cause::StageBroken { .. } => true,
-        Cause::Deadline { .. }
-        | Cause::NoTimeLeft { .. }
+        // The job token lives a little longer. Who was killed elsewhere sends nothing any more.
+        Cause::Deadline { started, .. } => *started && at_hand,
+        Cause::NoTimeLeft { .. }
         | Cause::Lost { .. }
         | Cause::Gone
         | Cause::Rejected { .. }

@@ -416,11 +416,11 @@ impl Step<'_> {
         let by_deadline = self.job.cancel_requested_by == Some(CancelBy::Deadline);
         let cause = match self.job.outcome.clone().and_then(|ended| ended.outcome) {
             Some(outcome) => match outcome {
-                Outcome::Cancelled { .. } | Outcome::TimedOut | Outcome::SystemFailed { .. }
-                    if by_deadline =>
-                {
+                Outcome::Cancelled { .. } | Outcome::SystemFailed { .. } if by_deadline => {
                     return self.deadline(self.job.started_at.is_some()).await;
                 }
+                Outcome::Expired => return self.deadline(false).await,
+                // Our own clock may have come first; it left what it wrote all the same.
                 Outcome::TimedOut => {
                     let timeout = policy::since(self.job.deadline_at, self.job.received_at);
                     Cause::TimeLimit { timeout_secs: timeout.as_secs() }
@@ -461,8 +461,9 @@ impl Step<'_> {
                 if !verdict.is_success() {
                     self.close_sections(&mut desk)?;
                 }
+                let at_hand = !self.backend.capabilities().collect;
                 let left = !self.may_be_there()
-                    && may_leave_something(&cause, self.job.started_at.is_some())
+                    && may_leave_something(&cause, self.job.started_at.is_some(), at_hand)
                     && prepared.plan.as_ref().is_ok_and(|plan| leaves_something(plan, &verdict));
                 if left {
                     // The last line comes last.
@@ -500,7 +501,7 @@ impl Step<'_> {
 /// Tells whether an outcome says that the script never started.
 fn never_ran(outcome: &Outcome) -> bool {
     match outcome {
-        Outcome::Cancelled { .. } | Outcome::SystemFailed { .. } => true,
+        Outcome::Cancelled { .. } | Outcome::Expired | Outcome::SystemFailed { .. } => true,
         Outcome::Exited { .. }
         | Outcome::TimedOut
         | Outcome::ScriptTimedOut

@@ -16,6 +16,7 @@ mod cli;
 mod crash;
 mod exec;
 mod grid;
+mod grid_limits;
 mod grid_login;
 mod grid_outage;
 mod grid_size;

@@ -18,7 +18,7 @@ fn eager() -> Options {
 }
 
 /// A bed on a cluster; `backend` goes into the backend's table.
-async fn bed_on(cluster: &Cluster, options: Options, backend: &str) -> Bed {
+pub(crate) async fn bed_on(cluster: &Cluster, options: Options, backend: &str) -> Bed {
     let bed = Bed::new(Where::Slurm { conf: cluster.conf() }, options, "", "").await;
     bed.write_config("", "", backend);
     bed

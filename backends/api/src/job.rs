@@ -115,6 +115,26 @@ pub struct Pattern(pub String);
 pub struct Limits {
     /// Wall time of the whole job from its start; `None` leaves it to the site.
     pub wall_time: Option<Duration>,
+    /// When nobody wants the job any more, however long it waited; `None` is never.
+    ///
+    /// Where nothing is shared with the machines that run jobs, nobody but the job itself can bring home
+    /// what it wrote. So a backend with [`crate::Filesystem::Sandbox`] has it ended over there in time,
+    /// which is [`crate::Outcome::TimedOut`], and does not let it begin when its time is over, which is
+    /// [`crate::Outcome::Expired`]. On a shared file system whoever cancels the job finds its files, and
+    /// the backend need not look at this.
+    pub expiry: Option<Expiry>,
+}
+
+/// A time limit that counts waiting.
+///
+/// Both are lengths of time, so that nobody's clock needs to be right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expiry {
+    /// From the call of [`crate::Backend::submit`] on.
+    pub within: Duration,
+    /// The end of it, in which the script does not run any more: its last words and what it wrote are
+    /// brought home then.
+    pub reserve: Duration,
 }
 
 /// Everything a backend needs to run one job.

@@ -47,7 +47,7 @@ use camino::Utf8Path;
 pub use crate::capabilities::{Capabilities, Filesystem, Lookup};
 pub use crate::error::{BackendError, ErrorKind, Fault, OpenError, Remedy, Result};
 pub use crate::job::{
-    EnvVar, ExternalId, InvalidToken, JobRef, JobSpec, Limits, Pattern, SubmitToken,
+    EnvVar, Expiry, ExternalId, InvalidToken, JobRef, JobSpec, Limits, Pattern, SubmitToken,
 };
 pub use crate::login::{Invitation, Invite, LoggingIn, Login, LoginError};
 pub use crate::observe::{LogChunk, Observation, Outcome, SourcesFailure, Usage};

@@ -48,6 +48,8 @@ pub enum Outcome {
     },
     /// The other side's time limit ended it.
     TimedOut,
+    /// Its time was over before its script could begin ([`crate::Limits::expiry`]).
+    Expired,
     /// The job's script reported that its own limit for the user's script ended that
     /// ([`crate::result::Step::ScriptTimedOut`]).
     ScriptTimedOut,

@@ -45,6 +45,13 @@
 //! start into the job's history, where a second start of the same job finds it and then refuses. A job
 //! whose start cannot be written down does not start.
 //!
+//! # Time
+//!
+//! No clock of ours is read, and none of a worker's is believed: when something is over is reckoned by
+//! the clock of the server, which comes with each of its answers. A job that waited so long that its
+//! expiry comes before its wall time's end is told to end by the helper, early enough for its outputs to
+//! come home; one that comes too late to begin does not.
+//!
 //! # Who is believed
 //!
 //! The job's own result, which comes as its application status, then DIRAC's word; see [`verdict`].

@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use bridge_backend::{BackendError, ErrorKind, ExternalId, Fault, JobSpec, Result, SubmitToken};
+use jiff::{SignedDuration, Timestamp};
 use reqwest::Method;
 use serde::Deserialize;
 use serde_json::json;
@@ -11,10 +13,11 @@ use serde_json::json;
 use crate::client::{CallError, with_json};
 use crate::dirac::Dirac;
 use crate::failure::{AskError, refused, site, transient, unasked};
+use crate::jdl;
 use crate::options::Wishes;
 use crate::outbox::{Letter, Post, Posted};
+use crate::worker::{self, Ends};
 use crate::workspace::{PackError, Packed, pack_files, pack_workspace};
-use crate::{jdl, worker};
 
 /// What a job asks for that has no limit: a day of normalised CPU, as DIRAC has it.
 const CPU_TIME: u64 = 86_400;
@@ -43,9 +46,17 @@ impl Dirac {
         let cpu_time = wishes.cpu_time.unwrap_or_else(|| {
             spec.limits.wall_time.map_or(CPU_TIME, |limit| limit.as_secs()).max(LEAST_CPU_TIME)
         });
+        let called = Instant::now();
         let login = self.tokens.token().await;
         let login = login.map_err(|error| unasked("submit the job")(AskError::Token(error)))?;
-        let files = worker::files(&self.config, token, &login.claims.preferred_username, spec);
+        let ends = match spec.limits.expiry {
+            Some(expiry) => {
+                self.server_time_at(called).await?.map(|called| Ends::of(expiry, called))
+            }
+            None => None,
+        };
+        let owner = &login.claims.preferred_username;
+        let files = worker::files(&self.config, token, owner, spec, ends);
         // Many may wait for an answer, few at a time pack and send.
         let room = self.room.acquire().await;
         let room = room.map_err(|error| transient("pack the job's files").with_source(error))?;
@@ -70,6 +81,17 @@ impl Dirac {
         drop(room);
         let letter = Letter { token: token.clone(), description: jdl, own_words };
         self.outbox.submit(letter, self).await
+    }
+
+    /// Gives what the server's clock showed at a moment, if it tells; ours, and the workers', may be off.
+    async fn server_time_at(&self, moment: Instant) -> Result<Option<Timestamp>> {
+        let context = "learn the time from the DiracX server";
+        if self.client.server_time().is_none() {
+            let question = || self.client.ask(Method::GET, "api/auth/userinfo");
+            self.ask("its time", question).await.map_err(unasked(context))?;
+        }
+        let since = SignedDuration::try_from(moment.elapsed()).unwrap_or(SignedDuration::ZERO);
+        Ok(self.client.server_time().and_then(|now| now.checked_sub(since).ok()))
     }
 
     /// Puts sandboxes into the store, the same one only once at a time.

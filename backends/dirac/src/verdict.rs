@@ -6,6 +6,7 @@
 //! | --- | --- | --- |
 //! | any | ended by itself | how it ended |
 //! | any | ended because its time was up, or because it was killed | that |
+//! | any | not begun because its time was up | expired |
 //! | Submitting, Received, Checking, Staging, Scouting, Waiting, Matched, Rescheduled | none | pending |
 //! | Running, Completing, Stalled | none | running |
 //! | Completed | none | running, for a while: the payload is over, transfers are pending |
@@ -49,6 +50,8 @@ pub(crate) enum Why {
     Cancelled,
     /// Its wall time was up.
     Timeout,
+    /// There was no time left to begin.
+    Late,
     /// The site told it to end.
     Told,
 }
@@ -116,6 +119,7 @@ pub(crate) fn report(text: Option<&str>) -> Option<Report> {
     let why = match facts.lines().rev().find_map(|line| line.strip_prefix("why=")) {
         Some("cancelled") => Some(Why::Cancelled),
         Some("timeout") => Some(Why::Timeout),
+        Some("late") => Some(Why::Late),
         Some(_) => Some(Why::Told),
         None => None,
     };
@@ -178,6 +182,7 @@ pub(crate) fn read(row: &Row, now: Option<Timestamp>, grace: Duration) -> Readin
                 return ended(Outcome::Cancelled { by: killer(row) });
             }
             (Some(Why::Timeout), _) => return ended(Outcome::TimedOut),
+            (Some(Why::Late), _) => return ended(Outcome::Expired),
             (None, Some(Some(outcome))) => return ended(outcome),
             (None, None) => {
                 let detail = "the job left a result that makes no sense".to_owned();

@@ -176,6 +176,10 @@ fn what_was_told_to_end_waits_for_diracs_reason() {
     );
     let timeout = "bridge: ended exit_code=143 step=script signalled=TERM why=timeout";
     assert_eq!(outcome(&[line("Running", "x", timeout, 1)]), Outcome::TimedOut);
+    let late = "bridge: ended exit_code=143 step=setup why=late pieces=0 outs=0 log=0";
+    for status in ["Running", "Done", "Failed", "Killed"] {
+        assert_eq!(outcome(&[line(status, "x", late, 1)]), Outcome::Expired, "{status}");
+    }
 }
 
 #[test]

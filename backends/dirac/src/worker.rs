@@ -1,7 +1,10 @@
 //! What travels with a job besides its workspace: the helper, its settings, script and variables.
 
-use bridge_backend::{EnvVar, JobSpec, Pattern, SubmitToken};
+use std::time::Duration;
+
+use bridge_backend::{EnvVar, Expiry, JobSpec, Pattern, SubmitToken};
 use camino::Utf8Path;
+use jiff::Timestamp;
 use secrecy::ExposeSecret as _;
 
 use crate::config::Config;
@@ -22,6 +25,27 @@ const LARGEST_PART: usize = 90 << 20;
 /// Variables that a bash called `sh` keeps read-only; assigning to one must not end the shell.
 const READ_ONLY: &[&str] = &["BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"];
 
+/// When a script ends at the latest, in seconds of the server's clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ends {
+    /// It is told to end, or does not begin any more.
+    told: i64,
+    /// It is killed. What is left of the reserve is for its way home.
+    killed: i64,
+}
+
+impl Ends {
+    /// Reads a job's expiry; `called` is when it was handed over, by the server's clock.
+    pub(crate) fn of(expiry: Expiry, called: Timestamp) -> Self {
+        let seconds = |reserve: Duration| {
+            // A shell must be able to reckon with it; this is more than a century.
+            let lasts = u32::try_from(expiry.within.saturating_sub(reserve).as_secs());
+            called.as_second() + i64::from(lasts.unwrap_or(u32::MAX))
+        };
+        Self { told: seconds(expiry.reserve), killed: seconds(expiry.reserve / 2) }
+    }
+}
+
 /// Quotes a text as one shell word.
 fn quote(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
@@ -33,10 +57,12 @@ pub(crate) fn files(
     token: &SubmitToken,
     owner: &str,
     spec: &JobSpec,
+    ends: Option<Ends>,
 ) -> Vec<(&'static str, Vec<u8>)> {
     let wall = spec.limits.wall_time.map_or(0, |limit| limit.as_secs().max(1));
+    let (by, last) = ends.map_or((0, 0), |ends| (ends.told, ends.killed));
     let settings = format!(
-        "url={}\nname={}\nowner={}\nwall={wall}\ngrace={}\nevery={}\nlooks={}\nwaits={}\n\
+        "url={}\nname={}\nowner={}\nwall={wall}\ntold_by={by}\nkilled_by={last}\ngrace={}\nevery={}\nlooks={}\nwaits={}\n\
          largest={LARGEST_PIECE}\npart={LARGEST_PART}\nrepository={}\n",
         quote(&config.worker_url),
         quote(token.as_str()),
@@ -193,6 +219,21 @@ fn case_pattern(glob: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_script_is_told_to_end_before_the_reserve_and_killed_in_the_middle_of_it() {
+        let called = Timestamp::from_second(1_000_000).unwrap();
+        let of = |within, reserve| {
+            let (within, reserve) = (Duration::from_secs(within), Duration::from_secs(reserve));
+            let Ends { told, killed } = Ends::of(Expiry { within, reserve }, called);
+            (told - 1_000_000, killed - 1_000_000)
+        };
+        assert_eq!(of(3600, 60), (3540, 3570));
+        assert_eq!(of(8, 1), (7, 7));
+        // What makes no sense does not begin.
+        assert_eq!(of(5, 60), (0, 0));
+        assert_eq!(of(u64::MAX, 0).0, i64::from(u32::MAX));
+    }
 
     #[test]
     fn the_workspaces_path_is_replaced_and_no_other() {

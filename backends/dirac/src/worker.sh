@@ -45,7 +45,7 @@ mkdir -p "$t" "$dir" || useless "there is no room to work in"
 head -c 6000000 /dev/zero >"$root/ballast"
 mark=BRIDGE_GRID_JOB=$job.$name
 access='' refresh='' expires=0 from_file='' code=0 seq=1 sent=0 pending='' pieces=0 outs=0
-why='' ahead='' hurry='' now=0 shown=0
+why='' ahead='' hurry='' now=0 shown=0 told='' killed=''
 
 if command -v curl >/dev/null 2>&1; then client=curl
 elif command -v python3 >/dev/null 2>&1; then client=python3
@@ -366,6 +366,21 @@ give_up() { # what to say
   exit 3
 }
 
+# When the script is told to end and killed at the latest, by the clock of `tick`. The server's clock
+# counts, which was heard with its first answer; without it there is the wall time alone.
+latest() {
+  told='' killed=''
+  [ "$told_by" -gt 0 ] && [ -n "$ahead" ] || return 0
+  told=$((told_by - ahead)) killed=$((killed_by - ahead))
+}
+
+# Says whether the job waited for so long that nobody wants it any more.
+too_late() {
+  latest
+  tick
+  [ -n "$told" ] && [ "$now" -ge "$told" ]
+}
+
 # Ends every process of the job: what carries our mark, works below our directory or belongs to the
 # session in which the script began. Who sheds all three cannot be found without rights.
 cat >"$t/sweep" <<'SWEEP'
@@ -401,6 +416,15 @@ case $status in Killed | Deleted) give_up "it was killed before it started" ;; e
 # The history outlives everything else that is known of a job, so the start is written down there.
 insist "$waits" history || give_up "DiracX does not answer this worker (status $code)"
 ! grep -q 'bridge: running\|bridge: ended' "$t/answer" || give_up "it was started before, and a job is run only once"
+if too_late; then
+  report='bridge: ended exit_code=143 step=setup why=late pieces=0 outs=0 log=0'
+  echo "bridge: the time that the job had is over; it did not begin"
+  leave "$report"
+  rm -f "$root/ballast"
+  insist "$waits" tell "$report"
+  [ "$root" = "$home/bridge" ] || rm -rf "$root"
+  exit 3
+fi
 running="bridge: running on $(uname -n | tr -cd 'A-Za-z0-9._-')"
 say "$running" || insist "$waits" tell "$running" || give_up "the start could not be written down (status $code)"
 [ -z "$term" ] || give_up "it was told to end before it started"
@@ -437,6 +461,8 @@ finish() { # exit code, step: writes the result unless the job did, and hands in
     printf 'exit_code=%s\nstep=%s\n' "$1" "$2" >"$dir/result"
     [ -z "$why" ] || printf 'signalled=TERM\n' >>"$dir/result"
   fi
+  [ "$why" != timeout ] || [ -z "$told" ] ||
+    echo 'bridge: the time that the job had is over, its waiting included, and it was ended' >>"$log"
   # First of all, in case we are ended before the rest is done.
   leave_all
   # Who ran out of time may have written what explains it.
@@ -563,6 +589,11 @@ elif command -v python3 >/dev/null 2>&1; then
 fi
 [ -d "${TMPDIR:-/tmp}" ] || { mkdir -p "$root/tmp" && TMPDIR=$root/tmp && export TMPDIR; }
 
+if too_late; then
+  why=late
+  echo 'bridge: the time that the job had was over before it could begin' >>"$log"
+  finish 143 setup
+fi
 (
   # Caught, not ignored: what is started from here must be able to hear it.
   trap : TERM INT HUP
@@ -621,11 +652,13 @@ while ! [ -f "$root/rc" ]; do
       patience=60
     fi
     [ -n "$why" ] || [ "$wall" -eq 0 ] || [ $((now - began)) -lt "$wall" ] || why=timeout
+    [ -n "$why" ] || [ -z "$told" ] || [ "$now" -lt "$told" ] || why=timeout
     if [ -n "$why" ]; then
       [ "$why" != cancelled ] || : >"$dir/cancelled"
       [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null
       tick
       stop_at=$((now + grace))
+      [ "$why" != timeout ] || [ -z "$killed" ] || [ "$stop_at" -le "$killed" ] || stop_at=$killed
       [ -z "$term" ] || stop_at=$((now + 2))
     fi
   else

@@ -66,7 +66,7 @@ impl<'a> Worker<'a> {
     }
 
     fn start(&self, plan: &Plan) -> Child {
-        let spec = plan.spec(None);
+        let spec = plan.spec(bridge_backend::Limits::default());
         assert!(!spec.script.contains(plan.repository.as_ref().unwrap().password()));
         let job = self.served.root.join("job");
         drop(fs::remove_dir_all(&job));
@@ -421,7 +421,7 @@ async fn a_machine_without_git_is_named_and_the_author_is_not_blamed() {
     let (plan, said) = served.got(&served.take(new_job(&[])).await).await;
     assert!(said.all().contains("(`sources = \"allocation\"`)"), "{}", said.all());
     // What is looked for must not be put back.
-    let spec = plan.spec(None);
+    let spec = plan.spec(bridge_backend::Limits::default());
     let job = served.root.join("job");
     fs::create_dir(&job).unwrap();
     fs::write(job.join("script"), &spec.script).unwrap();
@@ -531,7 +531,7 @@ async fn without_git_nothing_changes() {
         let (plan, said) = served.got(&payload).await;
         assert!(!plan.fetches_itself(), "{}", said.all());
         assert_eq!(plan.restore_dir, plan.project_dir);
-        assert!(!plan.spec(None).script.contains("get_sources"));
+        assert!(!plan.spec(bridge_backend::Limits::default()).script.contains("get_sources"));
     }
     let warned = served.take(new_job(&[("FF_USE_GIT_NATIVE_CLONE", "true")])).await;
     let plan = served.plan_in(&warned, 0);

@@ -176,7 +176,7 @@ impl Site {
             env: Vec::new(),
             workspace: self.work(),
             outputs: Vec::new(),
-            limits: Limits { wall_time: Some(Duration::from_secs(600)) },
+            limits: Limits { wall_time: Some(Duration::from_secs(600)), expiry: None },
             options: toml::Table::new(),
         }
     }

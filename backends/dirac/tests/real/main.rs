@@ -11,6 +11,8 @@ mod bulk;
 #[cfg(test)]
 mod conformance;
 #[cfg(test)]
+mod expiry;
+#[cfg(test)]
 mod failures;
 #[cfg(test)]
 mod jobs;

@@ -15,7 +15,7 @@ fn shadowed(site: &Site, name: &str, program: &str, text: &str) -> String {
 }
 
 /// A `date` whose clock is off.
-fn wrong_date(site: &Site, name: &str, hours: i64) -> String {
+pub(crate) fn wrong_date(site: &Site, name: &str, hours: i64) -> String {
     let text = format!(
         "#!/bin/sh\ncase $* in '+%s') echo $(($(/bin/date +%s) + {hours} * 3600)) ;;\n\
          *) exec /bin/date -d '{hours} hours' \"$@\" ;; esac\n"

@@ -148,7 +148,7 @@ impl Site {
             env: Vec::new(),
             workspace: self.path().join("work"),
             outputs: Vec::new(),
-            limits: Limits { wall_time: Some(Duration::from_secs(300)) },
+            limits: Limits { wall_time: Some(Duration::from_secs(300)), expiry: None },
             options: toml::Table::new(),
         }
     }
