@@ -19,12 +19,12 @@ use tokio::sync::Semaphore;
 use crate::client::{Answer, Client};
 use crate::config::Config;
 use crate::failure::{AskError, nonsense, refused, remedied, site, transient, unasked};
-use crate::fallback;
+use crate::fallback::{self, Words};
 use crate::known;
 use crate::limits::Judged;
 use crate::outbox::{AT_ONCE, Outbox};
 use crate::pieces::{Kind, Shelf};
-use crate::sandbox::Uploads;
+use crate::sandbox::{Fetched, Uploads};
 use crate::token::{self, Tokens};
 use crate::unpack::unpack;
 
@@ -204,6 +204,8 @@ impl Dirac {
         let context = "bring the job's outputs home";
         let known = self.shelf.of(id);
         let mut known = known.lock().await;
+        known.coming = false;
+        let not_yet = || transient("bring the job's outputs home: a part is not in the store yet");
         if !known.complete {
             let Some(list) = self.handed_in(id).await? else { return Err(lost(context)) };
             known.renew(list);
@@ -222,13 +224,16 @@ impl Dirac {
         let (count, end) = match outs {
             Some(known) => known,
             // Its end may have come by DIRAC's own means, with the parts handed in before.
-            None => match self.last_words(id).await?.and_then(|words| fallback::outs(&words)) {
-                Some(count) => (count, known.slots.len()),
-                None => {
-                    let context = "bring the job's outputs home: it did not hand in its end";
-                    return Err(lost(context));
-                }
-            },
+            None if known.coming => return Err(not_yet()),
+            None => {
+                let count = match self.last_words(id).await? {
+                    Words::Coming => return Err(not_yet()),
+                    Words::Said(words) => fallback::outs(&words),
+                    Words::None => None,
+                };
+                let context = "bring the job's outputs home: it did not hand in its end";
+                (count.ok_or_else(|| lost(context))?, known.slots.len())
+            }
         };
         let mut parts: BTreeMap<u64, String> = BTreeMap::new();
         for at in (0..end).rev() {
@@ -243,14 +248,21 @@ impl Dirac {
             }
         }
         if !(0..count).eq(parts.keys().copied()) {
+            if known.coming {
+                return Err(not_yet());
+            }
             return Err(lost("bring the job's outputs home: a part is missing"));
         }
         drop(known);
         let mut files = Vec::new();
         for pfn in parts.into_values() {
-            let open = self.open_sandbox(&pfn).await?;
-            let open =
-                open.ok_or_else(|| lost("bring the job's outputs home: a part is missing"))?;
+            let open = match self.open_sandbox(id, &pfn).await? {
+                Fetched::Open(open) => open,
+                Fetched::Coming => return Err(not_yet()),
+                Fetched::Gone => {
+                    return Err(lost("bring the job's outputs home: a part is missing"));
+                }
+            };
             let file =
                 tempfile::tempfile().map_err(|error| transient(context).with_source(error))?;
             let kept = file.try_clone().map_err(|error| transient(context).with_source(error))?;

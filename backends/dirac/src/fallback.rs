@@ -13,6 +13,7 @@ use bytes::Bytes;
 use crate::dirac::Dirac;
 use crate::failure::transient;
 use crate::pieces::Kind;
+use crate::sandbox::Fetched;
 use crate::verdict::OURS;
 
 /// Holds the job's last word.
@@ -32,6 +33,16 @@ const LONGEST_WORD: u64 = 4096;
 
 /// DIRAC's own sandbox is the last, or the job's mark of the end stands just before it.
 const LOOKS: usize = 8;
+
+/// What became of a job's last word.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Words {
+    Said(String),
+    /// It left none.
+    None,
+    /// The store does not have all yet that might hold it.
+    Coming,
+}
 
 /// What DIRAC's own sandbox held.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -121,17 +132,25 @@ fn word_of_end(text: &[u8]) -> String {
 
 impl Dirac {
     /// Gives the last word of a job of which DIRAC says that it is over, if it left one anywhere.
-    pub(crate) async fn last_words(&self, id: u64) -> Result<Option<String>> {
+    pub(crate) async fn last_words(&self, id: u64) -> Result<Words> {
         let context = "read what the job left with DIRAC";
-        let Some(list) = self.handed_in(id).await? else { return Ok(None) };
+        let Some(list) = self.handed_in(id).await? else { return Ok(Words::None) };
+        let mut none = Words::None;
         for pfn in list.iter().rev().take(LOOKS) {
-            let Some(open) = self.open_sandbox(pfn).await? else { continue };
+            let open = match self.open_sandbox(id, pfn).await? {
+                Fetched::Open(open) => open,
+                Fetched::Coming => {
+                    none = Words::Coming;
+                    continue;
+                }
+                Fetched::Gone => continue,
+            };
             if open.is_diracs() {
                 let Some(bytes) = open.whole(LARGEST).await? else { continue };
                 let left = tokio::task::spawn_blocking(move || read(&bytes)).await;
                 let left = left.map_err(|error| transient(context).with_source(error))?;
                 match left {
-                    Ok(Left { word: Some(word), .. }) => return Ok(Some(word)),
+                    Ok(Left { word: Some(word), .. }) => return Ok(Words::Said(word)),
                     Ok(Left { word: None, .. }) => {}
                     Err(error) => {
                         let error: &dyn std::error::Error = &error;
@@ -143,11 +162,11 @@ impl Dirac {
             {
                 let Some((name, content)) = open.small().await? else { continue };
                 if name == format!("bridge-end.{id}") {
-                    return Ok(Some(word_of_end(&content)));
+                    return Ok(Words::Said(word_of_end(&content)));
                 }
             }
         }
-        Ok(None)
+        Ok(none)
     }
 }
 

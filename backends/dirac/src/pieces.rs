@@ -20,6 +20,7 @@ use tokio::sync::Mutex as AsyncMutex;
 
 use crate::dirac::{Dirac, lost};
 use crate::fallback;
+use crate::sandbox::{Fetched, Open};
 use crate::search::Row;
 
 /// Bytes of logs that are remembered, of all jobs together.
@@ -46,6 +47,8 @@ pub(crate) enum Kind {
     },
     /// Not ours.
     Other,
+    /// Nobody knows: the store does not have it any more.
+    Gone,
 }
 
 /// One sandbox of a job.
@@ -63,6 +66,8 @@ pub(crate) struct Known {
     pub(crate) complete: bool,
     /// How many pieces the job had told of before the list was asked for.
     listed: Option<u64>,
+    /// Of what was asked for last, something is not in the store yet.
+    pub(crate) coming: bool,
     looked: Option<Instant>,
     pause: Duration,
 }
@@ -116,6 +121,8 @@ struct Entry {
     touched: Instant,
     /// What a job that DIRAC calls over has left as its last word, and when DIRAC's word was new.
     words: Option<(Option<String>, Option<String>)>,
+    /// What the store did not have: when it said so first, and when last.
+    missed: HashMap<String, (Instant, Instant)>,
 }
 
 /// What is known of all jobs.
@@ -130,8 +137,13 @@ pub(crate) struct Shelf {
 impl Shelf {
     fn with<T>(&self, id: u64, work: impl FnOnce(&mut Entry) -> T) -> T {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        let new =
-            || Entry { known: Arc::default(), heard: None, touched: Instant::now(), words: None };
+        let new = || Entry {
+            known: Arc::default(),
+            heard: None,
+            touched: Instant::now(),
+            words: None,
+            missed: HashMap::new(),
+        };
         let entry = entries.entry(id).or_insert_with(new);
         entry.touched = Instant::now();
         work(entry)
@@ -151,6 +163,32 @@ impl Shelf {
     pub(crate) fn words(&self, id: u64, changed: Option<&str>) -> Option<Option<String>> {
         let known = self.with(id, |entry| entry.words.clone())?;
         (known.0.as_deref() == changed).then_some(known.1)
+    }
+
+    /// Says what is known of a sandbox that the store did not have; nothing if it is to be asked again.
+    pub(crate) fn missed(&self, id: u64, pfn: &str, patience: Duration) -> Option<Fetched> {
+        let (first, last) = self.with(id, |entry| entry.missed.get(pfn).copied())?;
+        if last.duration_since(first) >= patience {
+            return Some(Fetched::Gone);
+        }
+        (last.elapsed() < LOOK_AGAIN).then_some(Fetched::Coming)
+    }
+
+    /// Remembers that the store does not have a sandbox.
+    pub(crate) fn miss(&self, id: u64, pfn: &str) {
+        let now = Instant::now();
+        self.with(id, |entry| {
+            entry
+                .missed
+                .entry(pfn.to_owned())
+                .and_modify(|(_, last)| *last = now)
+                .or_insert((now, now));
+        });
+    }
+
+    /// Remembers that the store has a sandbox after all.
+    pub(crate) fn came(&self, id: u64, pfn: &str) {
+        self.with(id, |entry| entry.missed.remove(pfn));
     }
 
     /// Remembers the last word of a job.
@@ -272,16 +310,39 @@ impl Known {
         let last = from + u64::try_from(bytes.len()).unwrap_or(u64::MAX);
         let end = match heard.length {
             Some(length) => last >= length,
-            None => self.complete && (bytes.is_empty() || last >= self.length()),
+            None => self.complete && !self.coming && (bytes.is_empty() || last >= self.length()),
         };
         LogChunk { bytes, end }
+    }
+
+    /// Makes an answer of a chunk: where a piece is gone there is nothing more to read.
+    fn told(&self, heard: Heard, from: u64, chunk: LogChunk) -> Result<LogChunk> {
+        if chunk.bytes.is_empty() && !self.coming && self.has_lost(heard, from) {
+            return Err(lost(
+                "read the rest of it: the sandbox store has lost a piece that the job handed in",
+            ));
+        }
+        Ok(chunk)
+    }
+
+    /// Says whether a byte was in a piece that nobody has any more.
+    fn has_lost(&self, heard: Heard, from: u64) -> bool {
+        let is_end = |slot: &Slot| matches!(slot.kind, Some(Kind::End { .. }));
+        let is_gone = |slot: &Slot| matches!(slot.kind, Some(Kind::Gone));
+        let of_job = self.slots.iter().position(is_end).unwrap_or(self.slots.len());
+        let gone = self.slots.iter().take(of_job).any(is_gone);
+        gone && match heard.length {
+            Some(length) => from < length,
+            None => self.complete || from < self.length(),
+        }
     }
 
     /// Gives the first byte from which nothing is known any more, if the end is known.
     fn length(&self) -> u64 {
         let ends = self.slots.iter().filter_map(|slot| match &slot.kind {
             Some(Kind::Log { offset, len, .. }) => Some(offset + len),
-            Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other) | None => None,
+            Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other | Kind::Gone)
+            | None => None,
         });
         ends.max().unwrap_or(0)
     }
@@ -328,6 +389,7 @@ impl Dirac {
     ) -> Result<LogChunk> {
         let known = self.shelf.of(id);
         let mut known = known.lock().await;
+        known.coming = false;
         // The state is asked first: what an ended job has not handed in by then it never will.
         // Whoever reads logs polls as well, more often than this; who does not is served all the same.
         let within = self.config.log_interval * 12;
@@ -344,10 +406,10 @@ impl Dirac {
         let bytes = self.serve(id, &mut known, heard, from, limit).await?;
         let chunk = known.chunk(heard, from, bytes);
         if chunk.bytes.len() >= limit || chunk.end || known.complete {
-            return Ok(chunk);
+            return known.told(heard, from, chunk);
         }
         if !heard.over && !known.is_due(heard.pieces, self.config.log_interval * 3) {
-            return Ok(chunk);
+            return known.told(heard, from, chunk);
         }
         let Some(list) = self.handed_in(id).await? else { return Err(lost("read the log")) };
         known.renew(list);
@@ -355,7 +417,8 @@ impl Dirac {
         let bytes = self.serve(id, &mut known, heard, from, limit).await?;
         // A log that the job called longer may still be on its way from one server to another.
         known.complete |= heard.over && heard.length.is_none();
-        Ok(known.chunk(heard, from, bytes))
+        let chunk = known.chunk(heard, from, bytes);
+        known.told(heard, from, chunk)
     }
 
     /// Gives bytes from what is listed, across pieces: who reads may have no use for the last bytes of one
@@ -379,7 +442,10 @@ impl Dirac {
                 known.slots.get(at)
             {
                 let pfn = pfn.clone();
-                let kind = self.look_into(id, &pfn).await?;
+                let Some(kind) = self.look_into(id, &pfn).await? else {
+                    known.coming = true;
+                    break;
+                };
                 if let Some(slot) = known.slots.get_mut(at) {
                     slot.kind = Some(kind);
                 }
@@ -410,7 +476,8 @@ impl Dirac {
     ) -> Result<Option<usize>> {
         let holds = |slot: &Slot| match &slot.kind {
             Some(Kind::Log { offset, len, .. }) => *offset <= from && from < offset + len,
-            Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other) | None => false,
+            Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other | Kind::Gone)
+            | None => false,
         };
         // The pieces of which the job told come first. It may be wrong.
         let told = heard.pieces.and_then(|pieces| usize::try_from(pieces).ok());
@@ -429,7 +496,7 @@ impl Dirac {
         let caught_up = match low.checked_sub(1).and_then(|at| known.slots.get(at)?.kind.as_ref()) {
             Some(Kind::Log { offset, len, .. }) => offset + len == from,
             None => from == 0,
-            Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other) => false,
+            Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other | Kind::Gone) => false,
         };
         // Past the last byte there may be the mark of the end. A list in another order takes more looks.
         for at in if caught_up { low } else { 0 }..known.slots.len() {
@@ -446,7 +513,9 @@ impl Dirac {
             self.learn(id, known, middle).await?;
             let before = match known.slots.get(middle).and_then(|slot| slot.kind.as_ref()) {
                 Some(Kind::Log { offset, .. }) => *offset <= from,
-                Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other) | None => false,
+                Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other | Kind::Gone) | None => {
+                    false
+                }
             };
             if before {
                 low = middle + 1;
@@ -461,7 +530,10 @@ impl Dirac {
     pub(crate) async fn learn(&self, id: u64, known: &mut Known, at: usize) -> Result<()> {
         let Some(Slot { kind: None, pfn }) = known.slots.get(at) else { return Ok(()) };
         let pfn = pfn.clone();
-        let kind = self.look_into(id, &pfn).await?;
+        let Some(kind) = self.look_into(id, &pfn).await? else {
+            known.coming = true;
+            return Ok(());
+        };
         known.complete |= matches!(kind, Kind::End { whole: true, .. });
         if let Some(slot) = known.slots.get_mut(at) {
             slot.kind = Some(kind);
@@ -469,8 +541,16 @@ impl Dirac {
         Ok(())
     }
 
-    async fn look_into(&self, id: u64, pfn: &str) -> Result<Kind> {
-        let Some(open) = self.open_sandbox(pfn).await? else { return Ok(Kind::Other) };
+    /// Reads what a sandbox is; nothing while the store does not have it yet.
+    async fn look_into(&self, id: u64, pfn: &str) -> Result<Option<Kind>> {
+        match self.open_sandbox(id, pfn).await? {
+            Fetched::Open(open) => self.read_kind(id, open).await.map(Some),
+            Fetched::Coming => Ok(None),
+            Fetched::Gone => Ok(Some(Kind::Gone)),
+        }
+    }
+
+    async fn read_kind(&self, id: u64, open: Open) -> Result<Kind> {
         if open.is_diracs() {
             let Some(bytes) = open.whole(LARGEST_DIRACS).await? else { return Ok(Kind::Other) };
             let piece = tokio::task::spawn_blocking(move || fallback::piece(&bytes)).await;
@@ -495,7 +575,7 @@ impl Dirac {
     }
 }
 
-/// Between two looks at a list that lacks what was told of.
+/// Between two looks at a list that lacks what was told of, and at a sandbox that is not there yet.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Between two looks at the list of a job that says nothing of itself.

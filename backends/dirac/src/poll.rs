@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use bridge_backend::{ExternalId, JobRef, Observation, Result};
 
 use crate::dirac::{Dirac, number};
+use crate::fallback::Words;
 use crate::pieces::Heard;
 use crate::search::{HISTORY, Row, STATE};
 use crate::verdict::{self, Reading};
@@ -88,7 +89,12 @@ impl Dirac {
             let changed = row.last_update_time.clone();
             let words = if asked < WORDS_AT_ONCE { Some(self.last_words(id).await) } else { None };
             match words {
-                Some(Ok(words)) => {
+                Some(Ok(Words::Coming)) => asked += 1,
+                Some(Ok(words @ (Words::Said(_) | Words::None))) => {
+                    let words = match words {
+                        Words::Said(words) => Some(words),
+                        Words::None | Words::Coming => None,
+                    };
                     self.shelf.said(id, changed.as_deref(), words.clone());
                     row.add_word(words);
                     asked += 1;

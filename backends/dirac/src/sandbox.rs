@@ -92,6 +92,17 @@ pub(crate) struct Open {
     rest: reqwest::Response,
 }
 
+/// What came of the question for a sandbox.
+#[derive(Debug)]
+pub(crate) enum Fetched {
+    /// It is there.
+    Open(Open),
+    /// The store does not have it yet; it is asked again later.
+    Coming,
+    /// The store does not have it, and had the time to get it.
+    Gone,
+}
+
 /// Uploads under way.
 #[derive(Debug, Default)]
 pub(crate) struct Uploads {
@@ -205,8 +216,33 @@ impl Dirac {
         }
     }
 
-    /// Begins to fetch a sandbox; `None` when the store does not have it.
-    pub(crate) async fn open_sandbox(&self, pfn: &str) -> Result<Option<Open>> {
+    /// Begins to fetch a sandbox that a job has handed in.
+    ///
+    /// A store of several machines may not have yet what another one of them took, so its no counts only
+    /// once it was repeated for a while.
+    pub(crate) async fn open_sandbox(&self, id: u64, pfn: &str) -> Result<Fetched> {
+        if let Some(known) = self.shelf.missed(id, pfn, self.patience()) {
+            return Ok(known);
+        }
+        Ok(match self.open_now(pfn).await? {
+            Some(open) => {
+                self.shelf.came(id, pfn);
+                Fetched::Open(open)
+            }
+            None => {
+                self.shelf.miss(id, pfn);
+                self.shelf.missed(id, pfn, self.patience()).unwrap_or(Fetched::Coming)
+            }
+        })
+    }
+
+    /// How long the store may answer that it does not have what a job has handed in. Shorter than anybody
+    /// waits for the end of a log.
+    fn patience(&self) -> Duration {
+        (self.config.log_interval * 8).clamp(Duration::from_secs(5), Duration::from_secs(45))
+    }
+
+    async fn open_now(&self, pfn: &str) -> Result<Option<Open>> {
         let context = "fetch what the job has handed in";
         let query =
             url::form_urlencoded::Serializer::new(String::new()).append_pair("pfn", pfn).finish();

@@ -25,6 +25,8 @@ mod proxy;
 #[cfg(test)]
 mod statuses;
 #[cfg(test)]
+mod store;
+#[cfg(test)]
 mod tokens;
 #[cfg(test)]
 mod workers;
