@@ -24,11 +24,16 @@ fn git(dir: &Path, args: &[&str]) {
 async fn bed(runner: &str) -> Bed {
     let bed = Bed::new(Where::Local, Options::default(), "", "").await;
     bed.write_config("", runner, "sources = \"allocation\"");
+    serve_project(&bed).await;
+    bed
+}
+
+/// Serves a project to a bed's jobs.
+pub(crate) async fn serve_project(bed: &Bed) {
     let work = bed.path("project");
     std::fs::create_dir_all(work.join("data")).unwrap();
     git(&work, &["init", "-q", "-b", "main"]);
-    commit(&bed, "one").await;
-    bed
+    commit(bed, "one").await;
 }
 
 /// Changes the project.
@@ -60,6 +65,12 @@ fn holding(text: &str, dirs: &[PathBuf]) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_fetches_its_sources_and_finds_caches_and_artifacts_in_them() {
     let bed = bed("").await;
+    sources_caches_and_artifacts(&bed, true).await;
+}
+
+/// Runs jobs of a served project that fetch their sources where they run; `kept` says that what one job
+/// fetched, the next one finds.
+pub(crate) async fn sources_caches_and_artifacts(bed: &Bed, kept: bool) {
     let _daemon = bed.serve();
     let cache = json!({
         "key": "k", "untracked": false, "paths": ["kept/", "data/cached"],
@@ -77,14 +88,14 @@ async fn a_job_fetches_its_sources_and_finds_caches_and_artifacts_in_them() {
             .script("echo made >data/made; echo changed by a job >file; touch untracked"),
     );
     let first = bed.finished(first).await;
-    let text = good(&bed, &first);
+    let text = good(bed, &first);
     assert!(text.contains("The job fetches its sources itself"), "{text}");
     assert_eq!(text.matches("Getting source from Git repository").count(), 1, "{text}");
     let at = |what: &str| text.find(what).unwrap_or_else(|| panic!("{what}: {text}"));
     assert!(at("Submitted to b") < at("Getting source from Git"), "where the job runs");
     assert!(at("Created fresh repository.") < at("file: one"), "{text}");
 
-    commit(&bed, "two").await;
+    commit(bed, "two").await;
     for strategy in ["fetch", "clone"] {
         let second = bed.gitlab.enqueue(
             job("second")
@@ -94,13 +105,14 @@ async fn a_job_fetches_its_sources_and_finds_caches_and_artifacts_in_them() {
                 .script("cat kept/one data/cached data/made data/tracked")
                 .script("ls untracked || true; git log --format=%s -1; git status --porcelain"),
         );
-        let text = good(&bed, &bed.finished(second).await);
+        let text = good(bed, &bed.finished(second).await);
         // An artifact wins over the checkout, as with sources from the submit node.
         assert!(text.contains("file: changed by a job"), "{text}");
         assert!(text.contains("\ncached\ncached\nmade\nfrom git\n"), "{text}");
         assert!(text.contains("cannot access 'untracked'"), "it was cleaned away: {text}");
         assert!(text.contains("\ntwo\n M file\n"), "{text}");
-        assert_eq!(text.contains("Created fresh repository."), strategy == "clone", "{text}");
+        let fresh = strategy == "clone" || !kept;
+        assert_eq!(text.contains("Created fresh repository."), fresh, "{text}");
     }
     bed.nothing_owed().await;
     until("the jobs' tokens to be in no file", || {

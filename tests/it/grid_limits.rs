@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use bridge::coordinator::{EndedBy, NewJob, Status};
 use serde_json::json;
 
+use crate::allocation;
 use crate::grid::{dirac_id, eager};
 use crate::slurm::bed_on;
 use crate::support::grid::{self, Grid};
@@ -115,4 +116,27 @@ async fn where_files_are_shared_a_job_that_the_deadline_ends_keeps_its_artifacts
     assert!(text.contains("longer than 12 seconds, waiting included"), "{text}");
     bed.nothing_owed().await;
     bed.assert_no_violations();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_on_a_grid_fetches_its_own_sources() {
+    if grid::left_out() {
+        return;
+    }
+    let grid = Grid::shared();
+    let bed = grid.bed(eager(), "sources = \"allocation\"").await;
+    allocation::serve_project(&bed).await;
+    // Each job has a worker of its own, and nothing is left on it.
+    allocation::sources_caches_and_artifacts(&bed, false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_on_a_compute_node_fetches_its_own_sources() {
+    if slurm::left_out() {
+        return;
+    }
+    let cluster = Cluster::start(&[]);
+    let bed = bed_on(&cluster, eager(), "sources = \"allocation\"").await;
+    allocation::serve_project(&bed).await;
+    allocation::sources_caches_and_artifacts(&bed, true).await;
 }
