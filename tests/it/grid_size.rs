@@ -1,14 +1,13 @@
 //! What is large: a log of 20 MB, a workspace of 200 MB.
 
 use std::io::Write as _;
-use std::time::Duration;
 
 use bridge::coordinator::{Git, NewJob, Status};
 use sha2::{Digest as _, Sha256};
 
 use crate::grid::{commit, eager};
 use crate::support::grid::{self, Grid};
-use crate::support::text_of;
+use crate::support::{PATIENCE, text_of};
 
 /// Gives the most memory that a process ever had, in MiB.
 fn peak(pid: u32) -> u64 {
@@ -30,7 +29,7 @@ async fn a_log_of_20_mb_comes_home_whole_and_in_order() {
         bed.counting("long log")
             .script("seq -f 'line %.0f of a log that is long enough' 1 500000; echo the end"),
     );
-    let job = match bed.gitlab.wait_finished(id, Duration::from_secs(150)).await {
+    let job = match bed.gitlab.wait_finished(id, PATIENCE * 4).await {
         Ok(job) => job,
         Err(job) => panic!("{} bytes came\n{}", job.trace_len, bed.log()),
     };
@@ -83,7 +82,7 @@ async fn a_workspace_of_200_mb_travels_to_the_worker() {
             .git(Git::default())
             .script("sha256sum < large; du -sm . | cut -f1 | sed 's/^/MiB here: /'"),
     );
-    let job = match bed.gitlab.wait_finished(id, Duration::from_secs(150)).await {
+    let job = match bed.gitlab.wait_finished(id, PATIENCE * 4).await {
         Ok(job) => job,
         Err(job) => panic!("{job:?}\n{}", bed.log()),
     };
