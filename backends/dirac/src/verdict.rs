@@ -7,6 +7,7 @@
 //! | any | ended by itself | how it ended |
 //! | any | ended because its time was up, or because it was killed | that |
 //! | any | not begun because its time was up | expired |
+//! | any | ended on a full disk | failed: what it could not write, it may not have noticed |
 //! | Submitting, Received, Checking, Staging, Scouting, Waiting, Matched, Rescheduled | none | pending |
 //! | Running, Completing, Stalled | none | running |
 //! | Completed | none | running, for a while: the payload is over, transfers are pending |
@@ -52,6 +53,8 @@ pub(crate) enum Why {
     Timeout,
     /// There was no time left to begin.
     Late,
+    /// The worker's disk was full.
+    Full,
     /// The site told it to end.
     Told,
 }
@@ -120,6 +123,7 @@ pub(crate) fn report(text: Option<&str>) -> Option<Report> {
         Some("cancelled") => Some(Why::Cancelled),
         Some("timeout") => Some(Why::Timeout),
         Some("late") => Some(Why::Late),
+        Some("full") => Some(Why::Full),
         Some(_) => Some(Why::Told),
         None => None,
     };
@@ -183,6 +187,11 @@ pub(crate) fn read(row: &Row, now: Option<Timestamp>, grace: Duration) -> Readin
             }
             (Some(Why::Timeout), _) => return ended(Outcome::TimedOut),
             (Some(Why::Late), _) => return ended(Outcome::Expired),
+            (Some(Why::Full), _) => {
+                let site = place(row).map(|site| format!(" at {site}")).unwrap_or_default();
+                let detail = format!("the disk of the worker{site} was full when the job ended");
+                return ended(Outcome::SystemFailed { detail });
+            }
             (None, Some(Some(outcome))) => return ended(outcome),
             (None, None) => {
                 let detail = "the job left a result that makes no sense".to_owned();

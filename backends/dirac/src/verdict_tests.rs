@@ -180,6 +180,13 @@ fn what_was_told_to_end_waits_for_diracs_reason() {
     for status in ["Running", "Done", "Failed", "Killed"] {
         assert_eq!(outcome(&[line(status, "x", late, 1)]), Outcome::Expired, "{status}");
     }
+    // Even what calls itself good is not believed.
+    let full = "bridge: ended exit_code=0 step=script why=full pieces=1 outs=0 log=9";
+    let outcome = outcome(&[line("Failed", "x", full, 1)]);
+    assert!(
+        matches!(&outcome, Outcome::SystemFailed { detail } if detail.contains("disk")),
+        "{outcome:?}"
+    );
 }
 
 #[test]

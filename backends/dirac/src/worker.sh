@@ -28,21 +28,31 @@ case $job in
 '' | *[!0-9]*) useless "there is no job id" ;;
 esac
 
-# A path that needs no quoting: it is written into the job's script and variables.
-root=''
-for _place in "$home" "${TMPDIR:-}" /tmp /var/tmp; do
+size_of() { wc -c <"$1" 2>/dev/null | tr -d ' '; }
+
+# Says whether a file of so many bytes can be written, which stays.
+has_room() { # file, bytes
+  head -c "$2" /dev/zero 2>/dev/null >"$1" && [ "$(size_of "$1")" = "$2" ]
+}
+
+# A path that needs no quoting: it is written into the job's script and variables. What is in the way of
+# room is given back at the end, so that there is some to tell of it where the job has filled the disk.
+# Memory is the last resort, to say that there is no room anywhere.
+root='' cramped='' ballast=6000000
+for _place in "$home" "${TMPDIR:-}" /tmp /var/tmp /dev/shm; do
   case $_place in '' | *[!A-Za-z0-9/._+-]*) continue ;; esac
   if [ "$_place" = "$home" ]; then root=$home/bridge; mkdir -p "$root" 2>/dev/null || root=''
   else root=$(mktemp -d "$_place/bridge.XXXXXX" 2>/dev/null)
   fi
-  [ -z "$root" ] || break
+  [ -n "$root" ] || continue
+  [ "$_place" != /dev/shm ] || { cramped=1 ballast=100000; }
+  ! mkdir -p "$root/t" "$root/job" 2>/dev/null || ! has_room "$root/ballast" "$ballast" || break
+  rm -rf "$root"
+  root=''
 done
-[ -n "$root" ] || useless "there is no directory to work in"
+[ -n "$root" ] || useless "there is no room to work in: the disk of this worker is full"
 t=$root/t dir=$root/job log=$root/log
-mkdir -p "$t" "$dir" || useless "there is no room to work in"
 : >"$log"
-# Given back at the end, so that there is room to tell of it where the job has filled the disk.
-head -c 6000000 /dev/zero >"$root/ballast"
 mark=BRIDGE_GRID_JOB=$job.$name
 access='' refresh='' expires=0 from_file='' code=0 seq=1 sent=0 pending='' pieces=0 outs=0
 why='' ahead='' hurry='' now=0 shown=0 told='' killed=''
@@ -291,7 +301,9 @@ piece() {
     [ "$length" -le "$largest" ] || length=$largest
     pending=bridge-log.$job.$seq.$sent
     tail -c "+$((sent + 1))" "$log" | head -c "$length" >"$t/$pending"
-    wrap "$pending" || { pending=''; code=000; return 1; }
+    # On a full disk it is cut short, and what was read of it would be wrong.
+    [ "$(size_of "$t/$pending")" = "$length" ] && wrap "$pending" ||
+      { rm -f "$t/$pending" "$t/$pending.tar" "$t/$pending.pack"; pending=''; code=000; return 1; }
   fi
   hand_in "$t/$pending.pack" || return 1
   rm -f "$t/$pending" "$t/$pending.pack"
@@ -409,6 +421,7 @@ lives() {
 SWEEP
 . "$t/sweep"
 
+[ -z "$cramped" ] || give_up "there is no room to work in: the disk of this worker is full"
 # Before anything runs: are we still wanted, are we the only one, were we here before?
 insist "$waits" look || give_up "DiracX does not answer this worker (status $code)"
 case $status in Killed | Deleted) give_up "it was killed before it started" ;; esac
@@ -428,8 +441,6 @@ fi
 running="bridge: running on $(uname -n | tr -cd 'A-Za-z0-9._-')"
 say "$running" || insist "$waits" tell "$running" || give_up "the start could not be written down (status $code)"
 [ -z "$term" ] || give_up "it was told to end before it started"
-
-size_of() { wc -c <"$1" 2>/dev/null | tr -d ' '; }
 
 # The last word, and the log from where its pieces end, into files that DIRAC brings home.
 leave_all() {
@@ -453,9 +464,13 @@ leave_all() {
 finish() { # exit code, step: writes the result unless the job did, and hands in all there is
   sweep "$mark" "$root" "${session:-none}"
   [ -z "${guard:-}" ] || kill "$guard" 2>/dev/null
-  rm -f "$root/ballast"
   # The job may have removed them.
   mkdir -p "$t" "$dir"
+  # What a script could not write, it may not have noticed: its end says nothing then.
+  _full=''
+  has_room "$root/room" 65536 || { _full=1; why=${why:-full}; }
+  rm -f "$root/room" "$root/ballast"
+  [ -z "$_full" ] || make_room
   [ -z "$access" ] || keep_access "$access"
   if ! [ -f "$dir/result" ]; then
     printf 'exit_code=%s\nstep=%s\n' "$1" "$2" >"$dir/result"
@@ -466,7 +481,7 @@ finish() { # exit code, step: writes the result unless the job did, and hands in
   # First of all, in case we are ended before the rest is done.
   leave_all
   # Who ran out of time may have written what explains it.
-  case $why in '' | timeout) pack ;; esac
+  case $why in '' | timeout | full) pack ;; esac
   _for=$waits
   [ -z "$term" ] || _for=10
   tick
@@ -475,7 +490,7 @@ finish() { # exit code, step: writes the result unless the job did, and hands in
     insist "$(rest)" piece || break
   done
   # That something is missing must be known at home.
-  case $why in '' | timeout) bring || outs=lost ;; esac
+  case $why in '' | timeout | full) bring || outs=lost ;; esac
   leave_all
   # Where nothing is brought home, the history alone can hold the end.
   if [ -z "$why" ] && [ -z "$_lost" ] && [ ! -s "$home/bridge-job.outputs" ]; then
@@ -494,7 +509,20 @@ over() {
   _good=1
   ! grep -q '^exit_code=0$' "$dir/result" || [ -n "$why" ] || _good=0
   cd / && rm -rf "$root"
+  [ -z "${_shm:-}" ] || rm -rf "$_shm"
   exit "$_good"
+}
+
+# Others may have taken what was given back; then memory must do for what there is to tell.
+make_room() {
+  # Half of a line may stand there, or half of a result.
+  echo "bridge: the disk of this worker is full" >>"$log"
+  rm -f "$dir/result"
+  ! has_room "$root/room" 3000000 || { rm -f "$root/room"; return; }
+  rm -f "$root/room"
+  _shm=$(mktemp -d /dev/shm/bridge.XXXXXX 2>/dev/null) || return
+  cp "$t/bridge-call.py" "$_shm/" 2>/dev/null
+  t=$_shm dir=$_shm pending=''
 }
 
 # Seconds until we give up, but one try there is in any case.

@@ -23,6 +23,8 @@ mod payloads;
 #[cfg(test)]
 mod proxy;
 #[cfg(test)]
+mod room;
+#[cfg(test)]
 mod statuses;
 #[cfg(test)]
 mod store;

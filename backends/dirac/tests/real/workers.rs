@@ -5,7 +5,7 @@ use bridge_backend::{Outcome, Pattern};
 use crate::bed::{Bed, QUICK, Site, open, unwanted};
 
 /// A directory whose programs shadow those of the system; gives a PATH with it in front.
-fn shadowed(site: &Site, name: &str, program: &str, text: &str) -> String {
+pub(crate) fn shadowed(site: &Site, name: &str, program: &str, text: &str) -> String {
     let bin = site.dir.path().join(name);
     std::fs::create_dir(&bin).unwrap();
     let path = bin.join(program);
