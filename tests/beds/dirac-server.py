@@ -3,6 +3,7 @@
     dirac-server.py serve PORT DIR            DiracX itself, in the environment that `dirac` sets
     dirac-server.py s3 PORT DIR               a store that knows what sandboxes need of S3
     dirac-server.py idp PORT CLIENT SUB TAG   an identity provider that lets everybody in as SUB
+    dirac-server.py tls PORT TO DIR KIND      a way in with a certificate: good, expired, of another host
     dirac-server.py keys DIR ISSUER           keys and day-long tokens, into DIR
     dirac-server.py mint DIR ISSUER USER MIN  an access token, signed with the server's own key
     dirac-server.py login URL                 a login by the device flow; prints the credentials
@@ -207,6 +208,72 @@ def idp(port, client, subject, _tag):
     Server(("127.0.0.1", int(port)), Provider).serve_forever()
 
 
+def certificates(folder, kind):
+    """Makes an authority and a certificate signed by it, as ca.pem and server.pem."""
+    import ipaddress
+    from datetime import timedelta
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    now = datetime.now(timezone.utc)
+
+    def make(name, key, issuer, signer, ends, *extensions):
+        builder = x509.CertificateBuilder(
+            x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, issuer)]),
+            x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]),
+            key.public_key(), x509.random_serial_number(), now - timedelta(days=9), ends)
+        for extension in extensions:
+            builder = builder.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+        return builder.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    own, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    host = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    if kind == "other":
+        host = x509.DNSName("elsewhere.example")
+    ends = now + timedelta(days=-1 if kind == "expired" else 9)
+    ca = make("bed authority", own, "bed authority", own, now + timedelta(days=9), x509.BasicConstraints(True, None))
+    server = make("bed", key, "bed authority", own, ends, x509.SubjectAlternativeName([host]),
+                  x509.BasicConstraints(False, None))
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                               serialization.NoEncryption())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ca.pem").write_bytes(ca)
+    (folder / "server.pem").write_bytes(server + secret)
+
+
+def tls(port, to, folder, kind):
+    """Passes on what comes through its connections."""
+    import asyncio
+    import ssl
+
+    folder = Path(folder)
+    certificates(folder, kind)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem")
+
+    async def pump(reader, writer):
+        try:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    async def serve(reader, writer):
+        inner, outer = await asyncio.open_connection("127.0.0.1", int(to))
+        await asyncio.gather(pump(reader, outer), pump(inner, writer))
+
+    async def main():
+        server = await asyncio.start_server(serve, "127.0.0.1", int(port), ssl=context)
+        await server.serve_forever()
+
+    asyncio.run(main())
+
+
 def token(ring, issuer, user, minutes):
     from joserfc import jwt
     from uuid_utils import uuid7
@@ -315,5 +382,5 @@ def serve(port, _tag):
 
 
 if __name__ == "__main__":
-    what = {"s3": s3, "idp": idp, "keys": keys, "mint": mint, "login": login, "serve": serve}
+    what = {"s3": s3, "idp": idp, "tls": tls, "keys": keys, "mint": mint, "login": login, "serve": serve}
     what[sys.argv[1]](*sys.argv[2:])

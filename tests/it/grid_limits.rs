@@ -1,5 +1,6 @@
 //! What a grid has too little of: time, room, trust.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bridge::coordinator::{EndedBy, NewJob, Status};
@@ -10,7 +11,7 @@ use crate::grid::{dirac_id, eager};
 use crate::slurm::bed_on;
 use crate::support::grid::{self, Grid};
 use crate::support::slurm::{self, Cluster};
-use crate::support::{Bed, text_of, until};
+use crate::support::{Bed, ask_http, text_of, until, write_private};
 
 /// An artifact that is kept however the job ends.
 fn kept_always() -> serde_json::Value {
@@ -139,4 +140,150 @@ async fn a_job_on_a_compute_node_fetches_its_own_sources() {
     let bed = bed_on(&cluster, eager(), "sources = \"allocation\"").await;
     allocation::serve_project(&bed).await;
     allocation::sources_caches_and_artifacts(&bed, true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_not_trusted_is_the_operators_and_jobs_wait() {
+    if grid::left_out() {
+        return;
+    }
+    let grid = Grid::start("tls", &[]);
+    let ways = [
+        ("good", false, "name a file with the certificate of that authority as `tls_ca_file`"),
+        ("expired", true, "its certificate has expired"),
+        ("other", true, "its certificate is for another name"),
+    ];
+    let bed = grid.bed(eager(), "").await;
+    let socket = bed.path("status.sock");
+    bed.edit_config(
+        "check_interval",
+        &format!("listen_address = \"{}\"\ncheck_interval", socket.display()),
+    );
+    let (good, good_ca) = grid.tls("good");
+    let mut url = format!("url = \"{}\"", grid.url());
+    // One that runs already, and is done before anybody can hear of it again.
+    let daemon = bed.serve();
+    let running = bed.gitlab.enqueue(bed.counting("runs").script(bed.wait_for("gate")));
+    until("the job to run", || (bed.runs(running) == 1).then_some(())).await;
+    daemon.kill();
+    bed.open("gate");
+    let waiting = bed.gitlab.enqueue(bed.counting("waits"));
+    for (kind, known, words) in ways {
+        let (to, ca) = grid.tls(kind);
+        let ca = if known { format!("\ntls_ca_file = \"{ca}\"") } else { String::new() };
+        let new = format!("url = \"{to}\"{ca}");
+        bed.edit_config(&url, &new);
+        url = new;
+        let checked = bed.run(&["backends", "check"]);
+        let said = String::from_utf8_lossy(&checked.stdout).into_owned()
+            + &String::from_utf8_lossy(&checked.stderr);
+        assert!(!checked.status.success() && said.contains(words), "{kind}: {said}");
+        assert!(said.contains("trust 127.0.0.1"), "{kind}: {said}");
+        let daemon = bed.serve();
+        until("the page to say so", || {
+            let (status, page) = ask_http(&socket, "/health");
+            (status == 503 && page.contains(words)).then_some(())
+        })
+        .await;
+        for id in [running, waiting] {
+            assert!(!bed.gitlab.job(id).unwrap().is_finished(), "{kind}");
+        }
+        daemon.kill();
+    }
+    // Mended: bridge, and the worker as well, which has the same way to the server.
+    bed.edit_config(&url, &format!("url = \"{good}\"\ntls_ca_file = \"{good_ca}\""));
+    let checked = bed.run(&["backends", "check"]);
+    assert!(checked.status.success(), "{checked:?}");
+    let _daemon = bed.serve();
+    for id in [running, waiting] {
+        bed.finished(id).await;
+    }
+    bed.nothing_owed().await;
+    for id in [running, waiting] {
+        bed.assert_once(id);
+    }
+    grid.assert_no_twins(&bed);
+    bed.assert_no_violations();
+}
+
+/// Makes a library that moves the clock of the program into which it is loaded.
+fn clock_mover(bed: &Bed) -> String {
+    let (source, library) = (bed.path("shift.c"), bed.path("shift.so"));
+    let text = r#"
+        #define _GNU_SOURCE
+        #include <dlfcn.h>
+        #include <stdlib.h>
+        #include <sys/time.h>
+        #include <time.h>
+        static long shift(void) { const char *s = getenv("CLOCK_SHIFT"); return s ? atol(s) : 0; }
+        int clock_gettime(clockid_t clock, struct timespec *at) {
+            static int (*real)(clockid_t, struct timespec *);
+            if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
+            int result = real(clock, at);
+            if (!result && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
+                at->tv_sec += shift();
+            return result;
+        }
+        int gettimeofday(struct timeval *restrict at, void *restrict zone) {
+            struct timespec now;
+            clock_gettime(CLOCK_REALTIME, &now);
+            at->tv_sec = now.tv_sec;
+            at->tv_usec = now.tv_nsec / 1000;
+            return 0;
+        }
+        time_t time(time_t *at) {
+            struct timespec now;
+            clock_gettime(CLOCK_REALTIME, &now);
+            if (at) *at = now.tv_sec;
+            return now.tv_sec;
+        }
+    "#;
+    std::fs::write(&source, text).unwrap();
+    // What links this program links that.
+    let made = Command::new("cc")
+        .args(["-shared", "-fPIC", "-o"])
+        .args([&library, &source])
+        .arg("-ldl")
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+    library.to_str().unwrap().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_of_ours_that_is_hours_off_changes_nothing() {
+    if grid::left_out() {
+        return;
+    }
+    let grid = Grid::shared();
+    for hours in [7_i64, -7] {
+        let bed = grid.bed(eager(), "").await;
+        // Much sooner over than the clock is off.
+        let token = bed.path("short.token");
+        write_private(&token, &grid.said(&["token", "ci-robot", "30"]));
+        let day = format!("token_file = \"{}\"", grid.token_file().display());
+        bed.edit_config(&day, &format!("token_file = \"{}\"", token.display()));
+        let (library, shift) = (clock_mover(&bed), (hours * 3600).to_string());
+        let env = [("LD_PRELOAD", library.as_str()), ("CLOCK_SHIFT", shift.as_str())];
+        let daemon = bed.serve_with(&env);
+        let good = bed
+            .gitlab
+            .enqueue(bed.counting("good").script("echo kept > out.txt").artifact(kept_always()));
+        let late = bed.gitlab.enqueue(endless(&bed).timeout(Duration::from_secs(30)));
+        let job = bed.finished(good).await;
+        assert_eq!(bed.gitlab.artifacts(good).len(), 1, "{}", text_of(&job));
+        // The daemon really lived in another time.
+        let row = bed.row(good);
+        let received: jiff::Timestamp = row["received_at"].as_str().unwrap().parse().unwrap();
+        let now = Command::new("date").args(["-u", "+%FT%TZ"]).output().unwrap();
+        let now: jiff::Timestamp = String::from_utf8(now.stdout).unwrap().trim().parse().unwrap();
+        let off = received.duration_since(now).as_hours();
+        assert!(off == hours || off == hours - hours.signum(), "{off} {row}");
+        bed.finished(late).await;
+        assert_timed_out_with_artifact(&bed, late);
+        bed.nothing_owed().await;
+        bed.assert_once(good);
+        bed.assert_no_violations();
+        drop(daemon);
+    }
 }

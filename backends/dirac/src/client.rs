@@ -3,6 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use bridge_backend::Remedy;
 use bytes::{Bytes, BytesMut};
 use jiff::{SignedDuration, Timestamp};
 use reqwest::header::{CONTENT_RANGE, CONTENT_TYPE, DATE, ETAG, RETRY_AFTER};
@@ -12,6 +13,7 @@ use serde::de::DeserializeOwned;
 use url::Url;
 
 use crate::config::Config;
+use crate::trust::{self, Authorities};
 
 /// Enough for an answer about ten thousand jobs with their histories.
 const LARGEST_ANSWER: usize = 64 << 20;
@@ -27,6 +29,7 @@ pub(crate) struct Client {
     anew: reqwest::Client,
     base: Url,
     timeout: Duration,
+    authorities: Option<Authorities>,
     /// The server's time, and when it said it.
     clock: Mutex<Option<(Timestamp, Instant)>>,
 }
@@ -54,6 +57,14 @@ pub(crate) enum CallError {
         #[source]
         source: reqwest::Error,
     },
+    /// It was not sent, because whoever answers does not prove who he is.
+    #[error("trust {host}: {why}")]
+    Untrusted {
+        host: String,
+        why: String,
+        #[source]
+        source: reqwest::Error,
+    },
     /// It may have been heard.
     #[error("get an answer from {host}")]
     Unanswered {
@@ -64,6 +75,16 @@ pub(crate) enum CallError {
     /// More came than anybody needs.
     #[error("take an answer of more than {LARGEST_ANSWER} bytes from {host}")]
     TooLong { host: String },
+}
+
+impl CallError {
+    /// Says what the operator must do; `None` when it goes by itself.
+    pub(crate) fn remedy(&self) -> Option<Remedy> {
+        match self {
+            Self::Untrusted { .. } => Some(Remedy::Other),
+            Self::Unsent { .. } | Self::Unanswered { .. } | Self::TooLong { .. } => None,
+        }
+    }
 }
 
 /// What the other side said, for people.
@@ -104,6 +125,7 @@ impl Client {
             anew,
             base: config.url.clone(),
             timeout: config.request_timeout,
+            authorities: config.authorities.clone(),
             clock: Mutex::new(None),
         })
     }
@@ -133,6 +155,21 @@ impl Client {
         self.http.request(method, url)
     }
 
+    /// Says what came of a call that was not answered.
+    pub(crate) fn failed(&self, source: reqwest::Error) -> CallError {
+        let host = source.url().and_then(Url::host_str).or_else(|| self.base.host_str());
+        let host = host.unwrap_or_default().to_owned();
+        // Without its address: a signed one is as good as a password.
+        let source = source.without_url();
+        if let Some(why) = trust::distrust(&source, self.authorities.as_ref()) {
+            CallError::Untrusted { host, why, source }
+        } else if source.is_connect() || source.is_builder() {
+            CallError::Unsent { host, source }
+        } else {
+            CallError::Unanswered { host, source }
+        }
+    }
+
     /// Makes a call with a token.
     pub(crate) async fn send_as(
         &self,
@@ -150,20 +187,7 @@ impl Client {
         request: RequestBuilder,
         timeout: Duration,
     ) -> Result<Answer, CallError> {
-        let host = self.base.host_str().unwrap_or_default().to_owned();
-        // Without its address: a signed one is as good as a password.
-        let failed = |source: reqwest::Error| {
-            let host = match source.url().and_then(Url::host_str) {
-                Some(host) => host.to_owned(),
-                None => host.clone(),
-            };
-            let source = source.without_url();
-            if source.is_connect() || source.is_builder() {
-                CallError::Unsent { host, source }
-            } else {
-                CallError::Unanswered { host, source }
-            }
-        };
+        let failed = |source| self.failed(source);
         let mut response = request.timeout(timeout).send().await.map_err(failed)?;
         let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
         let etag = header(ETAG).map(str::to_owned);
@@ -181,6 +205,7 @@ impl Client {
         let mut body = BytesMut::new();
         while let Some(piece) = response.chunk().await.map_err(failed)? {
             if body.len() + piece.len() > LARGEST_ANSWER {
+                let host = self.base.host_str().unwrap_or_default().to_owned();
                 return Err(CallError::TooLong { host });
             }
             body.extend_from_slice(&piece);
@@ -230,7 +255,9 @@ fn builder(config: &Config) -> reqwest::ClientBuilder {
         .http1_only()
         .connect_timeout(Duration::from_secs(10))
         .tcp_nodelay(true);
-    if config.url.scheme() == "http" {
+    if let Some(ours) = &config.authorities {
+        builder = builder.tls_certs_merge(ours.certificates());
+    } else if config.url.scheme() == "http" {
         // Nothing to verify there; a machine without any certificates must do.
         builder = builder.tls_certs_only([]);
     }

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use url::Url;
 
 use crate::options::{Wishes, check_value, number, words};
+use crate::trust::Authorities;
 
 /// The columns of DIRAC's database.
 const LONGEST_GROUP: usize = 32;
@@ -26,6 +27,7 @@ pub(crate) struct Config {
     /// The server as workers reach it, without a slash at its end.
     pub(crate) worker_url: String,
     pub(crate) token_file: Utf8PathBuf,
+    pub(crate) authorities: Option<Authorities>,
     pub(crate) vo: Option<String>,
     pub(crate) group: Option<String>,
     pub(crate) wishes: Wishes,
@@ -49,6 +51,7 @@ struct Written {
     url: String,
     worker_url: Option<String>,
     token_file: Utf8PathBuf,
+    tls_ca_file: Option<Utf8PathBuf>,
     vo: Option<String>,
     group: Option<String>,
     #[serde(default, deserialize_with = "words")]
@@ -125,6 +128,7 @@ impl Config {
             worker_url: worker_url.as_str().trim_end_matches('/').to_owned(),
             url,
             token_file: written.token_file,
+            authorities: written.tls_ca_file.as_deref().map(Authorities::read).transpose()?,
             vo: written.vo,
             group: written.group,
             wishes,
@@ -192,6 +196,7 @@ mod tests {
             ("url = 'x'", "url"),
             ("url = 'http://x'\ntoken_file = 'relative'", "token_file"),
             ("url = 'http://x'\ntoken_file = '/t'\nsite = 'a[b'", "site"),
+            ("url = 'http://x'\ntoken_file = '/t'\ntls_ca_file = '/nowhere/ca'", "/nowhere/ca"),
             ("url = 'http://x'\ntoken_file = '/t'\ncpu_time = 3", "cpu_time"),
             ("url = 'http://x'\ntoken_file = '/t'\nsettle = '0s'", "settle"),
             ("url = 'http://x'\ntoken_file = '/t'\nvo = 'a;b'", "vo"),

@@ -18,7 +18,7 @@ use tokio::sync::Semaphore;
 
 use crate::client::{Answer, Client};
 use crate::config::Config;
-use crate::failure::{AskError, nonsense, refused, remedied, site, transient, unasked};
+use crate::failure::{AskError, nonsense, refused, remedied, site, transient, unasked, unreached};
 use crate::fallback::{self, Words};
 use crate::known;
 use crate::limits::Judged;
@@ -153,8 +153,7 @@ impl Dirac {
         let context = "use the DiracX server";
         let request = self.client.ask(Method::GET, ".well-known/openid-configuration");
         let answer = self.client.send("who it is", request, self.config.request_timeout).await;
-        let answer =
-            answer.map_err(|error| transient("reach the DiracX server").with_source(error))?;
+        let answer = answer.map_err(unreached)?;
         match answer.status {
             200..=299 => {}
             404 | 300..=399 => {

@@ -21,8 +21,16 @@ impl AskError {
     pub(crate) fn remedy(&self) -> Option<Remedy> {
         match self {
             Self::Token(error) => error.remedy(),
-            Self::Call(_) => None,
+            Self::Call(error) => error.remedy(),
         }
+    }
+}
+
+/// Reads a call to a server of which nothing is known yet.
+pub(crate) fn unreached(error: CallError) -> BackendError {
+    match error.remedy() {
+        Some(remedy) => site("use the DiracX server").with_source(error).with_remedy(remedy),
+        None => transient("reach the DiracX server").with_source(error),
     }
 }
 

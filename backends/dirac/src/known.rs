@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::client::Client;
 use crate::config::Config;
-use crate::failure::{nonsense, refused, site, transient};
+use crate::failure::{nonsense, refused, site, unreached};
 
 /// `/.well-known/dirac-metadata`.
 #[derive(Debug, Deserialize)]
@@ -26,7 +26,7 @@ struct Vo {
 pub(crate) async fn ask(client: &Client, config: &Config) -> Result<Known, BackendError> {
     let request = client.ask(Method::GET, ".well-known/dirac-metadata");
     let answer = client.send("which VOs it knows", request, config.request_timeout).await;
-    let answer = answer.map_err(|error| transient("reach the DiracX server").with_source(error))?;
+    let answer = answer.map_err(unreached)?;
     match answer.status {
         200..=299 => {}
         404 | 300..=399 => {

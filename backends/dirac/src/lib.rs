@@ -11,6 +11,7 @@
 //! | `url` | the DiracX server | needed |
 //! | `token_file` | proxy file, credentials file or plain token; readable by its owner alone | needed |
 //! | `vo`, `group` | what the token must be for | what it is for |
+//! | `tls_ca_file` | certificates of authorities to believe besides the system's, here and on workers | the system's alone |
 //! | `site`, `banned_sites`, `platform`, `tags` | where jobs may run | anywhere |
 //! | `cpu_time` | seconds of normalised CPU a job asks for | its wall time, or a day |
 //! | `processors`, `priority` | as DIRAC has them | DIRAC's |
@@ -36,6 +37,8 @@
 //!
 //! A login's refresh token is good for one use, and its end is fixed when the person agrees: renewing
 //! does not put it off. `Driver::login` makes a new one, which a running backend takes up by itself.
+//! A server whose certificate is not believed is the operator's to see to as well, see [`trust`].
+//!
 //! Without a token that is taken, every call is `Transient` with a remedy, and jobs wait; see [`token`].
 //!
 //! # Run once
@@ -82,6 +85,7 @@ mod search;
 mod submit;
 mod token;
 mod token_file;
+mod trust;
 mod unpack;
 mod verdict;
 mod worker;

@@ -179,7 +179,7 @@ impl Dirac {
         let file = Part::stream_with_length(body, packed.size).file_name("sandbox.tar.zst");
         let request = self.client.elsewhere(Method::POST, url).multipart(form.part("file", file));
         let answer = self.client.send("an upload", request, TRANSFER).await;
-        let answer = answer.map_err(|error| transient(context).with_source(error))?;
+        let answer = answer.map_err(|error| unasked(context)(error.into()))?;
         match answer.status {
             200..=299 => Ok(place.pfn),
             400 | 413 => Err(site(context).with_source(answer.said())),
@@ -256,7 +256,7 @@ impl Dirac {
         }
         let found: Found = answer.json().map_err(nonsense(context))?;
         let request = self.client.elsewhere(Method::GET, store_url(&found.url)?);
-        let failed = |error: reqwest::Error| transient(context).with_source(error.without_url());
+        let failed = |error| unasked(context)(self.client.failed(error).into());
         let mut rest = request.timeout(TRANSFER).send().await.map_err(failed)?;
         match rest.status().as_u16() {
             200..=299 => {}

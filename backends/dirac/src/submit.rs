@@ -119,7 +119,8 @@ impl Post for Dirac {
             Ok(answer) => answer,
             Err(error) => {
                 return Posted::Failed(match &error {
-                    AskError::Token(_) | AskError::Call(CallError::Unsent { .. }) => {
+                    AskError::Token(_)
+                    | AskError::Call(CallError::Unsent { .. } | CallError::Untrusted { .. }) => {
                         unasked("submit the job")(error)
                     }
                     AskError::Call(CallError::Unanswered { .. } | CallError::TooLong { .. }) => {

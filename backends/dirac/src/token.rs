@@ -142,7 +142,8 @@ impl TokenError {
         match self {
             Self::File(error) => Some(error.remedy()),
             Self::Foreign { form, .. } | Self::Lost { form, .. } => Some(form.remedy()),
-            Self::Unanswered { .. } | Self::Refused { .. } | Self::Busy { .. } => None,
+            Self::Unanswered { source, .. } => source.remedy(),
+            Self::Refused { .. } | Self::Busy { .. } => None,
         }
     }
 }
@@ -508,7 +509,7 @@ impl Renewal {
             .body(form);
         let answer = self.client.send("a new token", request, self.place.timeout).await;
         let answer = answer.map_err(|source| {
-            if !matches!(source, CallError::Unsent { .. }) {
+            if !matches!(source, CallError::Unsent { .. } | CallError::Untrusted { .. }) {
                 state.doubt.clone_from(&name);
             }
             TokenError::Unanswered { path: self.place.path.clone(), source }

@@ -75,13 +75,18 @@ pub(crate) fn files(
     );
     let patterns: Vec<String> =
         spec.outputs.iter().filter_map(|pattern| case_pattern(&pattern.0)).collect();
-    vec![
+    let mut files = Vec::new();
+    if let Some(authorities) = &config.authorities {
+        files.push(("bridge-job.ca", authorities.pem().as_bytes().to_vec()));
+    }
+    files.extend([
         ("bridge-job.conf", settings.into_bytes()),
         ("bridge-job.env", moved(&environment(&spec.env), &spec.workspace).into_bytes()),
         ("bridge-job.outputs", patterns.join("|").into_bytes()),
         ("bridge-job.script", moved(&spec.script, &spec.workspace).into_bytes()),
         (PROGRAM, HELPER.as_bytes().to_vec()),
-    ]
+    ]);
+    files
 }
 
 /// Says whether a pattern names the workspace's repository; otherwise it does not come home.

@@ -120,12 +120,31 @@ with open(answer + ".head", "w") as file:
 print("%03d" % code)
 PYTHON
 
+# Who may say that he is the server: those whom this worker knows, and those that came with the job.
+if [ -f "$home/bridge-job.ca" ]; then
+  for _file in "${CURL_CA_BUNDLE:-}" "${SSL_CERT_FILE:-}" /etc/ssl/certs/ca-certificates.crt \
+    /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/ca-bundle.pem; do
+    [ -n "$_file" ] && [ -r "$_file" ] || continue
+    cat "$_file" >"$t/ca"
+    break
+  done
+  cat "$home/bridge-job.ca" >>"$t/ca"
+fi
+trusting() { # command …
+  if [ -s "$t/ca" ]; then CURL_CA_BUNDLE=$t/ca SSL_CERT_FILE=$t/ca "$@"; else "$@"; fi
+}
+
+# What the last call said that was not answered; a line for people.
+noise() {
+  { grep '^curl: ' "$t/noise" || cat "$t/noise"; } 2>/dev/null | tail -n 1 | tr -cd 'A-Za-z0-9 ,.:()_-' | cut -c1-100
+}
+
 # method, url, content type, "yes" to say who we are, body file, seconds: the status comes in $code.
 http() {
   : >"$t/answer"
   : >"$t/answer.head"
   if [ "$client" = python3 ]; then
-    code=$(python3 -I "$t/bridge-call.py" "$1" "$2" "$3" "${4:+$t/access}" "$5" '' "$t/answer" "$6" 2>>"$t/noise")
+    code=$(trusting python3 -I "$t/bridge-call.py" "$1" "$2" "$3" "${4:+$t/access}" "$5" '' "$t/answer" "$6" 2>>"$t/noise")
   else
     _method=$1 _url=$2 _kind=$3 _auth=$4 _body=$5 _limit=$6
     set -- -q -sS --globoff --connect-timeout 10 --max-time "$_limit" -X "$_method" -o "$t/answer" -D "$t/answer.head" -w '%{http_code}'
@@ -133,7 +152,7 @@ http() {
     [ -z "$_auth" ] || set -- "$@" -K "$t/curl"
     [ -z "$_body" ] || set -- "$@" --data-binary "@$_body"
     # An answer that breaks off is none.
-    code=$(curl "$@" "$_url" 2>>"$t/noise") || code=000
+    code=$(trusting curl "$@" "$_url" 2>>"$t/noise") || code=000
   fi
   case $code in
   2??)
@@ -155,13 +174,13 @@ hear_time() {
 http_form() {
   : >"$t/answer"
   if [ "$client" = python3 ]; then
-    code=$(python3 -I "$t/bridge-call.py" POST "$1" '' '' "$3" "$2" "$t/answer" 600 2>>"$t/noise")
+    code=$(trusting python3 -I "$t/bridge-call.py" POST "$1" '' '' "$3" "$2" "$t/answer" 600 2>>"$t/noise")
   else
     _url=$1 _fields=$2 _file=$3
     set --
     # The last line has no end.
     while IFS= read -r _line || [ -n "$_line" ]; do set -- "$@" --form-string "$_line"; done <"$_fields"
-    code=$(curl -q -sS --globoff --connect-timeout 10 --max-time 1800 --speed-limit 100 --speed-time 60 -X POST \
+    code=$(trusting curl -q -sS --globoff --connect-timeout 10 --max-time 1800 --speed-limit 100 --speed-time 60 -X POST \
       -o "$t/answer" -w '%{http_code}' "$@" -F "file=@$_file;type=application/octet-stream" "$_url" 2>>"$t/noise") || code=000
   fi
   case $code in 2??) return 0 ;; esac
@@ -423,11 +442,11 @@ SWEEP
 
 [ -z "$cramped" ] || give_up "there is no room to work in: the disk of this worker is full"
 # Before anything runs: are we still wanted, are we the only one, were we here before?
-insist "$waits" look || give_up "DiracX does not answer this worker (status $code)"
+insist "$waits" look || give_up "DiracX does not answer this worker (status $code) $(noise)"
 case $status in Killed | Deleted) give_up "it was killed before it started" ;; esac
 [ "${first:-$job}" = "$job" ] || give_up "job $first has the same name and came first"
 # The history outlives everything else that is known of a job, so the start is written down there.
-insist "$waits" history || give_up "DiracX does not answer this worker (status $code)"
+insist "$waits" history || give_up "DiracX does not answer this worker (status $code) $(noise)"
 ! grep -q 'bridge: running\|bridge: ended' "$t/answer" || give_up "it was started before, and a job is run only once"
 if too_late; then
   report='bridge: ended exit_code=143 step=setup why=late pieces=0 outs=0 log=0'
@@ -521,7 +540,7 @@ make_room() {
   ! has_room "$root/room" 3000000 || { rm -f "$root/room"; return; }
   rm -f "$root/room"
   _shm=$(mktemp -d /dev/shm/bridge.XXXXXX 2>/dev/null) || return
-  cp "$t/bridge-call.py" "$_shm/" 2>/dev/null
+  cp "$t/bridge-call.py" "$t/ca" "$_shm/" 2>/dev/null
   t=$_shm dir=$_shm pending=''
 }
 

@@ -125,6 +125,24 @@ impl Grid {
         assert!(output.status.success(), "{args:?}: {said}");
     }
 
+    /// Does something to the bed, and gives what it says.
+    pub(crate) fn said(&self, args: &[&str]) -> String {
+        let output = script().args(args).arg("--dir").arg(&self.dir).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Opens a way to the server with a certificate that is `good`, `expired` or of `other`; gives its
+    /// address and the file of the authority that signed it.
+    pub(crate) fn tls(&self, kind: &str) -> (String, String) {
+        let said = self.said(&["tls", kind]);
+        let value = |key: &str| {
+            let line = said.lines().find_map(|line| line.strip_prefix(key));
+            line.unwrap().to_owned()
+        };
+        (value("TLS_URL="), value("TLS_CA="))
+    }
+
     /// Asks the server itself for the jobs of a bed, by their numbers.
     pub(crate) fn jobs(&self, bed: &Bed) -> Vec<Value> {
         let token = std::fs::read_to_string(self.token_file()).unwrap();
