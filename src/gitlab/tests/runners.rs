@@ -68,8 +68,8 @@ async fn every_refusal_of_a_registration_has_its_reply() {
         (400, r#"Invalid { message: "why" }"#),
         (403, r#"Refused { message: "why" }"#),
         (410, "Disallowed"),
-        (503, "Busy { status: 503, retry_after: None }"),
-        (200, r#"Unexpected { status: 200, message: "why" }"#),
+        (503, "Unclear(Busy { status: 503, retry_after: None })"),
+        (200, r#"Unclear(Unexpected { status: 200, message: "why" })"#),
     ] {
         let answer = status(code).set_body_json(serde_json::json!({"message": "why"}));
         let server = answering(answer).await;
@@ -128,7 +128,8 @@ async fn a_token_is_exchanged_and_an_answer_without_one_is_unreadable() {
         assert_eq!(error.kind(), ErrorKind::Refused, "{body}");
         shown(&error);
     }
-    for (code, expected) in [(403, "Refused"), (500, "Busy { status: 500, retry_after: None }")] {
+    let busy = "Unclear(Busy { status: 500, retry_after: None })";
+    for (code, expected) in [(403, "Refused"), (500, busy)] {
         let server = answering(status(code)).await;
         let reply = client(&server.uri()).reset_token(&token()).await.unwrap();
         assert_eq!(format!("{reply:?}"), expected);
