@@ -195,7 +195,9 @@ impl Client {
         let total = header(CONTENT_RANGE)
             .and_then(|text| text.rsplit_once('/'))
             .and_then(|(_, total)| total.trim().parse().ok());
-        if let Some(date) = header(DATE)
+        // The store's clock is another one.
+        if response.url().origin() == self.base.origin()
+            && let Some(date) = header(DATE)
             && let Ok(time) = jiff::fmt::rfc2822::parse(date)
         {
             let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
@@ -228,6 +230,16 @@ impl Answer {
             words: words(&self.body),
             source,
         })
+    }
+
+    /// Says whether these are DiracX's own words, and not those of who stands between.
+    pub(crate) fn is_diracs(&self) -> bool {
+        #[derive(serde::Deserialize)]
+        struct Refusal {
+            #[serde(rename = "detail")]
+            _detail: serde_json::Value,
+        }
+        serde_json::from_slice::<Refusal>(&self.body).is_ok()
     }
 
     /// Gives the other side's words, for people.

@@ -199,7 +199,9 @@ impl Dirac {
                 let list: Option<Vec<Option<String>>> = answer.json().map_err(nonsense(context))?;
                 Ok(Some(list.unwrap_or_default().into_iter().flatten().collect()))
             }
-            403 | 404 => Ok(None),
+            // DiracX says 403 of a job that is not there. While it is, it is somebody else's word, or about
+            // another token, and no log is lost for it.
+            403 | 404 if self.jobs_of_ids(&[id], &["JobID"]).await?.is_empty() => Ok(None),
             _ => Err(refused(context, &answer)),
         }
     }
@@ -251,7 +253,7 @@ impl Dirac {
         let answer = answer.map_err(unasked(context))?;
         match answer.status {
             200..=299 => {}
-            400 | 404 => return Ok(None),
+            400 | 404 if answer.is_diracs() => return Ok(None),
             _ => return Err(refused(context, &answer)),
         }
         let found: Found = answer.json().map_err(nonsense(context))?;
@@ -260,12 +262,14 @@ impl Dirac {
         let mut rest = request.timeout(TRANSFER).send().await.map_err(failed)?;
         match rest.status().as_u16() {
             200..=299 => {}
-            // Named by a job that never sent it.
-            404 => return Ok(None),
             status => {
-                return Err(
-                    transient(context).with_source(format!("the store answered with {status}"))
-                );
+                // Named by a job that never sent it, if the store says so itself.
+                let said = rest.chunk().await.map_err(failed)?.unwrap_or_default();
+                if status == 404 && said.windows(NO_SUCH.len()).any(|word| word == NO_SUCH) {
+                    return Ok(None);
+                }
+                let text = format!("the store answered with {status}");
+                return Err(transient(context).with_source(text));
             }
         }
         let mut head = BytesMut::new();
@@ -278,6 +282,9 @@ impl Dirac {
         Ok(Some(Open { head, rest }))
     }
 }
+
+/// How the codes begin by which S3 says that something is not there.
+const NO_SUCH: &[u8] = b"<Code>NoSuch";
 
 /// Reads an address that the server gave; it is as good as a password and never shown.
 fn store_url(url: &SecretString) -> Result<Url> {
