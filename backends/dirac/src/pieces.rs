@@ -79,8 +79,10 @@ pub(crate) struct Heard {
     pub(crate) over: bool,
     /// How many pieces of the log it has handed in; none where it said nothing of itself.
     pub(crate) pieces: Option<u64>,
-    /// How long the log is, once it is whole.
+    /// How long the log is, once no more of it can come.
     pub(crate) length: Option<u64>,
+    /// How many parts of outputs it has handed in, once it is over.
+    pub(crate) outs: Option<u64>,
 }
 
 impl Heard {
@@ -106,10 +108,19 @@ impl Heard {
         // What was cut off may have been a digit.
         let whole = text.len() < LONGEST_REPORT;
         let pieces = number("pieces=").filter(|_| whole);
-        // What did not get through may still come by DIRAC's own means.
-        let lost = number("lost=").is_some() || number("log=") < number("log_len=");
-        let length = number("log=").filter(|_| whole && ended && !lost);
-        Some(Self { over, pieces: if ended { pieces } else { pieces.or(Some(0)) }, length })
+        // What did not get through comes by DIRAC's own means, if it is not too much.
+        let length = match number("lost=") {
+            None => number("log=").filter(|log| Some(*log) >= number("log_len=")),
+            Some(lost) if lost <= LARGEST_REST => number("log=").map(|log| log + lost),
+            Some(_) => None,
+        };
+        let of_end = |number: Option<u64>| number.filter(|_| whole && ended);
+        Some(Self {
+            over,
+            pieces: if ended { pieces } else { pieces.or(Some(0)) },
+            length: of_end(length),
+            outs: of_end(number("outs=")),
+        })
     }
 }
 
@@ -341,8 +352,7 @@ impl Known {
     fn length(&self) -> u64 {
         let ends = self.slots.iter().filter_map(|slot| match &slot.kind {
             Some(Kind::Log { offset, len, .. }) => Some(offset + len),
-            Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other | Kind::Gone)
-            | None => None,
+            Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other | Kind::Gone) | None => None,
         });
         ends.max().unwrap_or(0)
     }
@@ -393,13 +403,7 @@ impl Dirac {
         // The state is asked first: what an ended job has not handed in by then it never will.
         // Whoever reads logs polls as well, more often than this; who does not is served all the same.
         let within = self.config.log_interval * 12;
-        let heard = match self.shelf.heard(id, within) {
-            Some(heard) => heard,
-            None => {
-                let over = self.is_over(job).await?;
-                self.shelf.heard(id, within).unwrap_or(Heard { over, ..Heard::default() })
-            }
-        };
+        let heard = self.hear(id, job, within).await?;
         if heard.length.is_some_and(|length| from >= length) {
             return Ok(LogChunk { bytes: Bytes::new(), end: true });
         }
@@ -419,6 +423,15 @@ impl Dirac {
         known.complete |= heard.over && heard.length.is_none();
         let chunk = known.chunk(heard, from, bytes);
         known.told(heard, from, chunk)
+    }
+
+    /// Gives what a job has said of itself, asked for unless it was not longer ago than this.
+    pub(crate) async fn hear(&self, id: u64, job: &JobRef, within: Duration) -> Result<Heard> {
+        if let Some(heard) = self.shelf.heard(id, within) {
+            return Ok(heard);
+        }
+        let over = self.is_over(job).await?;
+        Ok(self.shelf.heard(id, within).unwrap_or(Heard { over, ..Heard::default() }))
     }
 
     /// Gives bytes from what is listed, across pieces: who reads may have no use for the last bytes of one
@@ -476,8 +489,7 @@ impl Dirac {
     ) -> Result<Option<usize>> {
         let holds = |slot: &Slot| match &slot.kind {
             Some(Kind::Log { offset, len, .. }) => *offset <= from && from < offset + len,
-            Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other | Kind::Gone)
-            | None => false,
+            Some(Kind::Out { .. } | Kind::End { .. } | Kind::Other | Kind::Gone) | None => false,
         };
         // The pieces of which the job told come first. It may be wrong.
         let told = heard.pieces.and_then(|pieces| usize::try_from(pieces).ok());
@@ -581,6 +593,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// Between two looks at the list of a job that says nothing of itself.
 const SLOWEST_LOOK: Duration = Duration::from_secs(300);
 
+/// So much of a log the helper leaves to DIRAC as it is; of more, the end and a word.
+const LARGEST_REST: u64 = 4_000_000;
+
 /// The helper cuts its reports off here.
 const LONGEST_REPORT: usize = 250;
 
@@ -633,7 +648,9 @@ mod tests {
         assert_eq!(heard("bridge: running on wn1 pieces=12"), (Some(12), None));
         let ended = "bridge: ended exit_code=0 step=script log_len=6 pieces=1 outs=0 log=6";
         assert_eq!(heard(ended), (Some(1), Some(6)));
-        for lossy in [ended.replace("log=6", "log=5"), format!("{ended} lost=9")] {
+        // The rest is left to DIRAC, and comes when it likes.
+        assert_eq!(heard(&format!("{ended} lost=9")), (Some(1), Some(15)));
+        for lossy in [ended.replace("log=6", "log=5"), format!("{ended} lost=4000001")] {
             assert_eq!(heard(&lossy), (Some(1), None), "{lossy}");
         }
         // Of a report that was cut off, no number is believed.
@@ -660,7 +677,7 @@ mod tests {
             ]),
             ..Row::default()
         };
-        let heard = Heard { over: true, pieces: Some(2), length: Some(70) };
+        let heard = Heard { over: true, pieces: Some(2), length: Some(70), outs: Some(0) };
         assert_eq!(Heard::of(&row, true), heard);
     }
 
