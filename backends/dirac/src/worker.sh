@@ -55,11 +55,13 @@ t=$root/t dir=$root/job log=$root/log
 : >"$log"
 mark=BRIDGE_GRID_JOB=$job.$name
 access='' refresh='' expires=0 from_file='' code=0 seq=1 sent=0 pending='' pieces=0 outs=0
-why='' ahead='' hurry='' now=0 shown=0 told='' killed=''
+memory='' tight='' why='' ahead='' asked=0 hurry='' now=0 shown=0 told='' killed=''
 
 if command -v curl >/dev/null 2>&1; then client=curl
 elif command -v python3 >/dev/null 2>&1; then client=python3
-else useless "there is neither curl nor python3 on this worker"
+else
+  [ "$root" = "$home/bridge" ] || rm -rf "$root"
+  useless "there is neither curl nor python3 on this worker"
 fi
 
 # Seconds that pass whatever is done to the clock.
@@ -141,6 +143,8 @@ noise() {
 
 # method, url, content type, "yes" to say who we are, body file, seconds: the status comes in $code.
 http() {
+  tick
+  asked=$now
   : >"$t/answer"
   : >"$t/answer.head"
   if [ "$client" = python3 ]; then
@@ -164,10 +168,11 @@ http() {
   return 1
 }
 
-# How far the server's clock is ahead of our seconds.
+# How far the server's clock is ahead of our seconds, reckoned from the question: an answer that took
+# its time must not put off a deadline.
 hear_time() {
   _date=$(tr -d '\r' <"$t/answer.head" | sed -n 's/^[Dd][Aa][Tt][Ee]: *//p' | tail -n 1)
-  _date=$(epoch "$_date") && tick && ahead=$((_date - now))
+  _date=$(epoch "$_date") && ahead=$((_date - asked))
 }
 
 # Puts a file into the store, with the fields that the server signed, one per line.
@@ -443,11 +448,20 @@ SWEEP
 [ -z "$cramped" ] || give_up "there is no room to work in: the disk of this worker is full"
 # Before anything runs: are we still wanted, are we the only one, were we here before?
 insist "$waits" look || give_up "DiracX does not answer this worker (status $code) $(noise)"
-case $status in Killed | Deleted) give_up "it was killed before it started" ;; esac
+unwanted() {
+  case $status in
+  Killed | Deleted) give_up "it was killed before it started" ;;
+  # Who asked for it has been told, and may have asked anew.
+  Failed | Done) give_up "DIRAC gave it up before it started" ;;
+  esac
+}
+unwanted
 [ "${first:-$job}" = "$job" ] || give_up "job $first has the same name and came first"
 # The history outlives everything else that is known of a job, so the start is written down there.
 insist "$waits" history || give_up "DiracX does not answer this worker (status $code) $(noise)"
 ! grep -q 'bridge: running\|bridge: ended' "$t/answer" || give_up "it was started before, and a job is run only once"
+# Its refusal may have been reported, and the job be asked for anew.
+! grep -q 'bridge: refused' "$t/answer" || give_up "a worker refused it before, and nobody waits for it any more"
 if too_late; then
   report='bridge: ended exit_code=143 step=setup why=late pieces=0 outs=0 log=0'
   echo "bridge: the time that the job had is over; it did not begin"
@@ -459,11 +473,14 @@ if too_late; then
 fi
 running="bridge: running on $(uname -n | tr -cd 'A-Za-z0-9._-')"
 say "$running" || insist "$waits" tell "$running" || give_up "the start could not be written down (status $code)"
+# The answer says what DIRAC makes of it, which may have changed since we looked.
+status=$(json_text Status <"$t/answer")
+unwanted
 [ -z "$term" ] || give_up "it was told to end before it started"
 
 # The last word, and the log from where its pieces end, into files that DIRAC brings home.
 leave_all() {
-  lines=$(head -c 500 "$dir/result" | head -n 8 | tr '\n' ' ' | tr -cd 'A-Za-z0-9=_. -')
+  lines=$(head -c 500 "$dir/result" | head -n 8 | tr '\n' ' ' | tr -cd 'A-Za-z0-9=_. -' | cut -c1-150)
   whole=$(size_of "$log")
   _left=$((${whole:-0} - sent))
   _lost=''
@@ -482,7 +499,6 @@ leave_all() {
 
 finish() { # exit code, step: writes the result unless the job did, and hands in all there is
   sweep "$mark" "$root" "${session:-none}"
-  [ -z "${guard:-}" ] || kill "$guard" 2>/dev/null
   # The job may have removed them.
   mkdir -p "$t" "$dir"
   # What a script could not write, it may not have noticed: its end says nothing then.
@@ -497,11 +513,15 @@ finish() { # exit code, step: writes the result unless the job did, and hands in
   fi
   [ "$why" != timeout ] || [ -z "$told" ] ||
     echo 'bridge: the time that the job had is over, its waiting included, and it was ended' >>"$log"
-  # First of all, in case we are ended before the rest is done.
+  # First of all, in case we are ended before the rest is done; what was asked for is not home then.
+  [ ! -s "$home/bridge-job.outputs" ] || outs=lost
   leave_all
+  outs=0
   # Who ran out of time may have written what explains it.
   case $why in '' | timeout | full) pack ;; esac
   _for=$waits
+  # Where not even a piece can be packed, waiting does not help.
+  [ -z "$tight" ] || _for=60
   [ -z "$term" ] || _for=10
   tick
   _end=$((now + _for))
@@ -512,7 +532,7 @@ finish() { # exit code, step: writes the result unless the job did, and hands in
   case $why in '' | timeout | full) bring || outs=lost ;; esac
   leave_all
   # Where nothing is brought home, the history alone can hold the end.
-  if [ -z "$why" ] && [ -z "$_lost" ] && [ ! -s "$home/bridge-job.outputs" ]; then
+  if [ -z "$why$_lost" ] && [ "$outs" = 0 ] && [ "${#report}" -lt 250 ]; then
     insist "$(rest)" tell "$report" && over
   fi
   end=bridge-end.$job
@@ -527,8 +547,9 @@ finish() { # exit code, step: writes the result unless the job did, and hands in
 over() {
   _good=1
   ! grep -q '^exit_code=0$' "$dir/result" || [ -n "$why" ] || _good=0
+  [ -z "${guard:-}" ] || kill "$guard" 2>/dev/null
   cd / && rm -rf "$root"
-  [ -z "${_shm:-}" ] || rm -rf "$_shm"
+  [ -z "$memory" ] || rm -rf "$memory"
   exit "$_good"
 }
 
@@ -539,9 +560,9 @@ make_room() {
   rm -f "$dir/result"
   ! has_room "$root/room" 3000000 || { rm -f "$root/room"; return; }
   rm -f "$root/room"
-  _shm=$(mktemp -d /dev/shm/bridge.XXXXXX 2>/dev/null) || return
-  cp "$t/bridge-call.py" "$t/ca" "$_shm/" 2>/dev/null
-  t=$_shm dir=$_shm pending=''
+  [ -n "$memory" ] || { tight=1; return; }
+  cp "$t/bridge-call.py" "$t/ca" "$memory/" 2>/dev/null
+  t=$memory dir=$memory pending=''
 }
 
 # Seconds until we give up, but one try there is in any case.
@@ -655,7 +676,10 @@ fi
 ) >"$log" 2>&1 &
 runner=$!
 
-# Ends the job's processes should we be killed; in a session of its own for the same reason.
+# Taken up only when the disk is full; whoever removes what we leave must know of it.
+memory=$(mktemp -d /dev/shm/bridge.XXXXXX 2>/dev/null) || memory=''
+
+# Ends the job's processes should we be killed, and removes its files; in a session of its own for the same reason.
 # shellcheck disable=SC2086
 $own sh -c '
   trap "" HUP INT
@@ -666,7 +690,8 @@ $own sh -c '
   [ -n "$5" ] || _pid=none
   sweep "$3" "$4" "${_pid:-none}"
   rm -rf "$4"
-' guard "$t/sweep" "$$" "$mark" "$root" "$own" >/dev/null 2>&1 </dev/null &
+  [ -z "$6" ] || rm -rf "$6"
+' guard "$t/sweep" "$$" "$mark" "$root" "$own" "$memory" >/dev/null 2>&1 </dev/null &
 guard=$!
 
 # Its process, which is also its session's number.
