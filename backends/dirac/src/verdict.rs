@@ -163,9 +163,20 @@ fn refused(row: &Row) -> bool {
 /// hours; what bridge needs of a job does not depend on them.
 const PENDING_FOR: SignedDuration = SignedDuration::from_hours(6);
 
-/// Says whether a job told its own end already.
+/// Says whether a job told its own end already, and needs no word of DIRAC's any more.
 pub(crate) fn has_ended(row: &Row) -> bool {
-    own_end(row).is_some()
+    matches!(own_end(row), Some((Report::Ended { why, .. }, _)) if why != Some(Why::Told))
+}
+
+/// Gives how DIRAC ended a job that was told to end, from its history: the status itself may have been
+/// written over. Of two changes at the same moment the server keeps the status of the later writer, even
+/// if that one only had something to say.
+fn ended_by_dirac(row: &Row) -> Option<Outcome> {
+    let phases = || row.history().iter().filter_map(|line| line.status.as_deref()).map(phase);
+    if phases().any(|phase| matches!(phase, Phase::Killed | Phase::Deleted)) {
+        return Some(Outcome::Cancelled { by: killer(row) });
+    }
+    phases().any(|phase| phase == Phase::Failed).then(|| failed(row))
 }
 
 /// Reads what is known of a job; `now` is the server's time, `grace` the time that a killed job has.
@@ -200,7 +211,10 @@ pub(crate) fn read(row: &Row, now: Option<Timestamp>, grace: Duration) -> Readin
             // Told to end: DIRAC says why, as soon as it knows.
             (Some(Why::Told), _) | (None, Some(None)) => match phase {
                 Phase::Waiting | Phase::Going | Phase::Unknown => {
-                    return Reading::Tell(Observation::Running { host: host(row) });
+                    return match ended_by_dirac(row) {
+                        Some(outcome) => ended(outcome),
+                        None => Reading::Tell(Observation::Running { host: host(row) }),
+                    };
                 }
                 Phase::Completed | Phase::Done => {
                     let detail = "the job was told to end (TERM), and DIRAC does not say why";

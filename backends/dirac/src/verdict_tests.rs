@@ -251,3 +251,24 @@ fn whoever_refused_changes_is_named_without_the_servers_mark() {
     killed.source = Some("bridge(SM)".into());
     assert_eq!(outcome(&[killed]), Outcome::Cancelled { by: None });
 }
+
+#[test]
+fn an_end_that_was_written_over_is_found_in_the_history() {
+    let told = "bridge: ended exit_code=143 step=script signalled=TERM why=term";
+    let begun = line("Running", "Application", "bridge: running on x", 2);
+    let over = |minor: &str| line("Failed", minor, "bridge: running on x", 3);
+    // What the job says last brings the status back that it had found.
+    let back = line("Running", "x", told, 4);
+    let history = [begun.clone(), over("Received Kill signal"), back.clone()];
+    assert_eq!(outcome(&history), Outcome::Cancelled { by: None });
+    let history = [begun.clone(), over("Job stalled: pilot not running"), back.clone()];
+    assert_eq!(outcome(&history), Outcome::NodeFailed);
+    let mut killed = line("Killed", "Marked for termination", "Unknown", 1);
+    killed.source = Some(SOURCE.to_owned());
+    assert_eq!(outcome(&[killed, begun.clone(), back.clone()]), Outcome::Cancelled { by: None });
+    // As long as DIRAC has not ended it, it can be killed, which does.
+    let open = row(&[begun.clone(), back]);
+    assert!(matches!(read(&open, now(0), GRACE), Reading::Tell(Observation::Running { .. })));
+    assert!(!has_ended(&open));
+    assert!(has_ended(&row(&[begun, line("Running", "x", GOOD, 3)])));
+}

@@ -421,7 +421,7 @@ too_late() {
 # session in which the script began. Who sheds all three cannot be found without rights.
 cat >"$t/sweep" <<'SWEEP'
 sweep() { # mark, directory, session
-  _round=0
+  _round=0 _clean=0
   while [ "$_round" -lt 20 ]; do
     _round=$((_round + 1)) _found=''
     for _p in $({
@@ -432,7 +432,9 @@ sweep() { # mark, directory, session
       [ "$_p" != "$$" ] || continue
       kill -KILL "$_p" 2>/dev/null && _found=1
     done
-    [ -n "$_found" ] || return 0
+    # Once more: who becomes another program in this moment shows no mark.
+    if [ -n "$_found" ]; then _clean=0; else _clean=$((_clean + 1)); fi
+    [ "$_clean" -lt 2 ] || return 0
     sleep 0.1 2>/dev/null || sleep 1
   done
 }

@@ -264,6 +264,27 @@ impl Site {
         }
     }
 
+    /// Kills a job as the core does, again until it has ended, and says how it ended.
+    ///
+    /// Once is not always enough: what others write into a job in the same moment may undo it.
+    pub(crate) async fn killed(&self, job: &JobRef) -> Outcome {
+        let jobs = std::slice::from_ref(job);
+        self.cancel(jobs).await;
+        let mut last = None;
+        let ended = until(format!("the end of {job:?}"), async || {
+            last = self.backend.poll(jobs).await.ok()?.remove(&job.id);
+            if let Some(Observation::Ended { outcome, .. }) = &last {
+                return Some(outcome.clone());
+            }
+            self.cancel(jobs).await;
+            None
+        });
+        match ended.await {
+            Ok(outcome) => outcome,
+            Err(what) => panic!("not {what}: {last:?}\n{}", self.history(job).await),
+        }
+    }
+
     /// Gives all that DIRAC has of a job, for failures.
     pub(crate) async fn history(&self, job: &JobRef) -> String {
         let token = std::fs::read_to_string(self.bed.token_file()).unwrap();

@@ -116,8 +116,7 @@ async fn a_question_that_is_answered_badly_is_asked_again_later() {
         let Err(error) = killed else { panic!("{status}: {}", site.history(&held).await) };
         assert_eq!(error.kind(), ErrorKind::Transient, "{status}: {}", story(&error));
         assert!(proxy.is_honest(), "{status}: {}", story(&error));
-        site.cancel(std::slice::from_ref(&held)).await;
-        let outcome = site.outcome(&held).await;
+        let outcome = site.killed(&held).await;
         let cancelled = matches!(outcome, Outcome::Cancelled { .. });
         assert!(cancelled, "{status}: {outcome:?}\n{}", site.history(&held).await);
     }
@@ -141,8 +140,7 @@ async fn a_kill_that_dirac_ignores_is_noticed() {
     assert_eq!(error.kind(), ErrorKind::Transient);
     assert!(story(&error).contains(&job.id.0), "{}", story(&error));
     assert!(proxy.is_honest());
-    site.cancel(std::slice::from_ref(&job)).await;
-    assert!(matches!(site.outcome(&job).await, Outcome::Cancelled { .. }));
+    assert!(matches!(site.killed(&job).await, Outcome::Cancelled { .. }));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -156,8 +154,7 @@ async fn a_clock_that_is_ahead_does_not_make_a_kill_vanish() {
     site.running(&job).await;
     // Somebody whose clock is ahead has left a mark in the history.
     note_at(&site, &job, "2099-01-01T00:00:00+00:00").await;
-    site.cancel(std::slice::from_ref(&job)).await;
-    assert!(matches!(site.outcome(&job).await, Outcome::Cancelled { .. }));
+    assert!(matches!(site.killed(&job).await, Outcome::Cancelled { .. }));
 }
 
 /// Writes a line of this time into a job's history, as the site does.
@@ -210,7 +207,7 @@ async fn a_kill_is_heard_although_the_job_is_written_about_meanwhile() {
         panic!("{}\n{}", story(&error), site.history(&job).await);
     }
     assert!(proxy.is_honest());
-    assert!(matches!(site.outcome(&job).await, Outcome::Cancelled { .. }));
+    assert!(matches!(site.killed(&job).await, Outcome::Cancelled { .. }));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -232,7 +229,7 @@ async fn foreign_and_vanished_jobs_do_not_spoil_the_rest() {
     assert_eq!(seen.get(&gone.id), Some(&Observation::Gone));
     assert_eq!(seen.get(&foreign.id), Some(&Observation::Gone));
     site.cancel(&all).await;
-    assert!(matches!(site.outcome(&ours).await, Outcome::Cancelled { .. }));
+    assert!(matches!(site.killed(&ours).await, Outcome::Cancelled { .. }));
     site.backend.release(&foreign).await.unwrap();
     assert!(site.backend.find(std::slice::from_ref(&theirs.token)).await.unwrap().is_empty());
     other.touch("go");

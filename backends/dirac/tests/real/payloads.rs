@@ -84,8 +84,7 @@ async fn after_a_kill_and_after_an_end_nothing_is_left_on_the_site() {
     site.file("a").await;
     let all = until("sleeps".to_owned(), async || (running(&mark).len() >= 6).then_some(())).await;
     all.unwrap();
-    site.cancel(std::slice::from_ref(&killed)).await;
-    assert!(matches!(site.outcome(&killed).await, Outcome::Cancelled { .. }));
+    assert!(matches!(site.killed(&killed).await, Outcome::Cancelled { .. }));
     let ended = site.run(&script.replace("NAME", "b").replace("LAST", "exit 2")).await;
     assert_eq!(site.outcome(&ended).await, Outcome::Exited { code: 2 });
     let none = until("an end".to_owned(), async || running(&mark).is_empty().then_some(())).await;
