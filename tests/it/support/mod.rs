@@ -20,7 +20,7 @@ use self::grid::Grid;
 pub(crate) const BRIDGE: &str = env!("CARGO_BIN_EXE_bridge");
 
 /// How long anything may take that takes a second on an idle machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Waits until something holds, and says what it waited for if it never does.
 pub(crate) async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
