@@ -166,7 +166,7 @@ async fn a_server_that_is_not_trusted_is_the_operators_and_jobs_wait() {
     let daemon = bed.serve();
     let running = bed.gitlab.enqueue(bed.counting("runs").script(bed.wait_for("gate")));
     until("the job to run", || (bed.runs(running) == 1).then_some(())).await;
-    daemon.kill();
+    daemon.term().await;
     bed.open("gate");
     let waiting = bed.gitlab.enqueue(bed.counting("waits"));
     for (kind, known, words) in ways {
@@ -189,7 +189,8 @@ async fn a_server_that_is_not_trusted_is_the_operators_and_jobs_wait() {
         for id in [running, waiting] {
             assert!(!bed.gitlab.job(id).unwrap().is_finished(), "{kind}");
         }
-        daemon.kill();
+        // A kill could lose a job that was handed out just now.
+        daemon.term().await;
     }
     // Mended: bridge, and the worker as well, which has the same way to the server.
     bed.edit_config(&url, &format!("url = \"{good}\"\ntls_ca_file = \"{good_ca}\""));
