@@ -237,3 +237,26 @@ async fn foreign_and_vanished_jobs_do_not_spoil_the_rest() {
     // Another user's job is never ours to read.
     assert!(site.backend.read_log(&foreign, 0, 10).await.is_err());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_because_somebody_between_says_so() {
+    if unwanted() {
+        return;
+    }
+    let (site, proxy) = through_a_proxy().await;
+    let job = site.run("echo said\n").await;
+    assert_eq!(site.outcome(&job).await, Outcome::Exited { code: 0 });
+    let (list, sandbox) = ("GET /api/jobs/*/sandbox/output", "GET /api/jobs/sandbox?");
+    for (what, status, text) in [
+        (list, 404, "<html>"),
+        (list, 403, "{\"detail\":\"not for this token\"}"),
+        (sandbox, 404, "<html>"),
+        (sandbox, 400, "bad"),
+    ] {
+        proxy.next(what, Mischief::Say(status, text));
+        let error = site.backend.read_log(&job, 0, 100).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Transient, "{status} {text}: {}", story(&error));
+        assert!(proxy.is_honest(), "{what}");
+    }
+    assert_eq!(site.log(&job).await, b"said\n");
+}

@@ -165,3 +165,56 @@ async fn bad_answers_to_a_worker_change_nothing() {
     }
     assert!(proxy.is_honest(), "not all of it was met");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_helper_that_dies_before_the_outputs_are_home_does_not_say_that_there_are_none() {
+    if unwanted() {
+        return;
+    }
+    let (site, proxy) = worker_behind_a_proxy("").await;
+    let mut spec = site.spec(&format!(": >@/begun\n{}echo out >out.txt\n", wait_for("over")));
+    spec.outputs = vec![Pattern("*.txt".into())];
+    let job = site.submit(&spec).await;
+    site.file("begun").await;
+    proxy.away(true);
+    site.touch("over");
+    let mine = format!("{}/jobs/{}-", site.bed.path(), job.id);
+    let folder = std::fs::read_dir(site.bed.path().join("jobs")).unwrap().flatten();
+    let folder = folder
+        .map(|entry| entry.path().join("work"))
+        .find(|path| path.to_str().unwrap().starts_with(&mine))
+        .unwrap();
+    let word = until("its last word".to_owned(), async || {
+        std::fs::read_to_string(folder.join("bridge-result.txt"))
+            .ok()
+            .filter(|text| text.contains("ended"))
+    });
+    assert!(word.await.unwrap().contains(" exit_code=0 "));
+    // The helper itself, and whoever runs it.
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if String::from_utf8_lossy(&line).contains(&mine) {
+            let pid = entry.file_name();
+            std::process::Command::new("kill").arg("-KILL").arg(pid).status().unwrap();
+        }
+    }
+    proxy.away(false);
+    assert_eq!(site.outcome(&job).await, Outcome::Exited { code: 0 });
+    let error = site.backend.collect(&job, &site.work()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Lost, "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_was_killed_while_its_start_was_written_down_does_not_begin() {
+    if unwanted() {
+        return;
+    }
+    let (site, proxy) = worker_behind_a_proxy("").await;
+    let killed = "{\"failed\":{},\"success\":{\"1\":{\"Status\":\"Killed\"}}}";
+    proxy.next("PATCH /api/jobs/status", Mischief::Say(200, killed));
+    let job = site.run(": >@/ran\n").await;
+    let outcome = site.outcome(&job).await;
+    let Outcome::SystemFailed { detail } = &outcome else { panic!("{outcome:?}") };
+    assert!(detail.contains("killed before it started"), "{detail}");
+    assert!(proxy.is_honest() && !site.dir.path().join("ran").exists());
+}
