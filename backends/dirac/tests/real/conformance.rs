@@ -22,8 +22,9 @@ struct Real {
 
 impl Real {
     async fn start() -> Self {
-        // Of its own: jobs are held by closing the site.
-        let bed = Bed::start(&[]);
+        // Of its own: jobs are held by closing the site. It is as slow to tell jobs that they were killed as
+        // DIRAC is, whose signal leaves a script two seconds only.
+        let bed = Bed::start(&["--beat", "60"]);
         let proxy = Proxy::before(&bed.url).await;
         let (dir, workspaces) = (tempfile::tempdir().unwrap(), AtomicUsize::new(0));
         Self { bed, proxy, dir, workspaces, held: false }
