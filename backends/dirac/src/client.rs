@@ -217,6 +217,12 @@ impl Client {
     }
 }
 
+/// The form of all of DiracX's refusals.
+#[derive(serde::Deserialize)]
+struct Refusal {
+    detail: serde_json::Value,
+}
+
 impl Answer {
     /// Says whether it was granted.
     pub(crate) fn ok(&self) -> bool {
@@ -234,21 +240,11 @@ impl Answer {
 
     /// Says whether these are DiracX's own words, and not those of who stands between.
     pub(crate) fn is_diracs(&self) -> bool {
-        #[derive(serde::Deserialize)]
-        struct Refusal {
-            #[serde(rename = "detail")]
-            _detail: serde_json::Value,
-        }
         serde_json::from_slice::<Refusal>(&self.body).is_ok()
     }
 
     /// Gives the other side's words, for people.
     pub(crate) fn said(&self) -> Said {
-        /// The form of all of DiracX's refusals.
-        #[derive(serde::Deserialize)]
-        struct Refusal {
-            detail: serde_json::Value,
-        }
         let words = match serde_json::from_slice::<Refusal>(&self.body) {
             Ok(Refusal { detail: serde_json::Value::String(text) }) => shortened(&text),
             Ok(Refusal { detail }) => shortened(&detail.to_string()),
